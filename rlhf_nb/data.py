@@ -133,7 +133,7 @@ def alpaca_prompt(messages: list[dict], # Ends with a user's message
         else: text += m["content"]
     return text
 
-# %% ../nbs/01_data.ipynb #696eb416
+# %% ../nbs/01_data.ipynb #d6614367
 def chat_prompt(messages: list[dict],               # Ends with a user's message
                 tokenizer: PreTrainedTokenizerBase, # With a chat template
 ) -> str:
@@ -148,7 +148,7 @@ def encode_prompt(prompt: str | list[dict],           # Text, or messages for th
     "Token ids: one BOS where the tokenizer writes one, never an EOS."
     text = prompt if isinstance(prompt, str) else chat_prompt(prompt, tokenizer)
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=not has_bos).input_ids
+    ids = tokenizer(text, add_special_tokens=not has_bos, verbose=False).input_ids
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token) else ids
 
 # %% ../nbs/01_data.ipynb #464f4855
