@@ -163,7 +163,7 @@ class Rewards:
             if none: raise ValueError(f"No reward applies to the prompt {show(prompt)}: {', '.join(self.names)} all gave None")
         return Scores((each.nan_to_num(0.) * self.weights[:, None]).sum(0) - self.baseline, dict(zip(self.names, each)))
 
-# %% ../nbs/03_rewards.ipynb #23b93c12
+# %% ../nbs/03_rewards.ipynb #e95c5fd9
 def load_reward_model(name: str,                   # Hub name or folder
                       args: ModelArguments,
                       dtype: torch.dtype,          # Of its weights
@@ -174,8 +174,8 @@ def load_reward_model(name: str,                   # Hub name or folder
     "A sequence classifier and its own tokenizer."
     common = dict(cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code)
     config = AutoConfig.from_pretrained(name, **common)
-    pick_label(config, label)
     if not any("ForSequenceClassification" in a or "RewardModel" in a for a in config.architectures or ["ForSequenceClassification"]):
         raise ValueError(f"{name} is a {config.architectures[0]}, not a sequence classifier: it has no trained score")
+    pick_label(config, label)
     model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=dtype, **common).to(device)
     return RewardModel(model, AutoTokenizer.from_pretrained(name, **common), label, batch_size)
