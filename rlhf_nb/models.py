@@ -7,9 +7,9 @@ __all__ = ['logger', 'REFERENCE', 'VALUE_HEAD', 'Sampling', 'sampling_logits', '
            'output_layer', 'takes_position_ids', 'positions', 'freeze_copy_of_adapter', 'use_adapter', 'Policy',
            'lora_targets', 'has_bf16', 'resolve_dtype', 'check_decoder', 'quantization', 'load_lm', 'lora_config',
            'load_value_head', 'load_policy', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'save_policy',
-           'merge_adapter']
+           'load_weights', 'merge_adapter']
 
-# %% ../nbs/02_models.ipynb #fe8806d2
+# %% ../nbs/02_models.ipynb #76766e9f
 import inspect
 import logging
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import (LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training,
-                  set_peft_model_state_dict)
+from peft import (LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights,
+                  prepare_model_for_kbit_training, set_peft_model_state_dict)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -258,7 +258,7 @@ def end_tokens(lm: PreTrainedModel | PeftModel, tok: PreTrainedTokenizerBase) ->
     more = [] if more is None else [more] if isinstance(more, int) else more
     return tuple(dict.fromkeys([tok.eos_token_id, *more]))
 
-# %% ../nbs/02_models.ipynb #2224b499
+# %% ../nbs/02_models.ipynb #098dda41
 def save_policy(policy: Policy, path: str | Path): # A folder, made if need be
     "Adapter (or all weights) as peft and transformers write them, and the value head."
     path = Path(path)
@@ -266,6 +266,14 @@ def save_policy(policy: Policy, path: str | Path): # A folder, made if need be
     adapter = dict(selected_adapters=[policy.lm.active_adapter]) if isinstance(policy.lm, PeftModel) else {}
     policy.lm.save_pretrained(path, **adapter)
     save_file({k: v.detach().cpu().contiguous() for k, v in policy.value_head.state_dict().items()}, path/VALUE_HEAD)
+
+def load_weights(policy: Policy, path: str | Path): # A folder that `save_policy` wrote
+    "Take over the trained weights and the value head; the reference stays as it is."
+    path = Path(path)
+    if isinstance(policy.lm, PeftModel):
+        set_peft_model_state_dict(policy.lm, load_peft_weights(str(path), device="cpu"), adapter_name=policy.lm.active_adapter)
+    else: policy.lm.load_state_dict(type(policy.lm).from_pretrained(path, dtype=torch.float32).state_dict())
+    load_value_head(policy, path)
 
 def merge_adapter(base: str,              # Hub name or folder of the base model
                   peft_path: str,         # Folder with the adapter
