@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Positive', 'NonNeg', 'Unit', 'Finite', 'Percent', 'setting', 'complaint', 'validate',
            'SamplingSettings', 'RewardSettings', 'KLSettings', 'PPOSettings', 'RunSettings', 'PPOConfig',
-           'ModelArguments', 'DataArguments']
+           'ModelArguments', 'DataArguments', 'MergeArguments']
 
-# %% ../nbs/00_config.ipynb #de34188a
+# %% ../nbs/00_config.ipynb #434f577c
 import types
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-# %% ../nbs/00_config.ipynb #daa43d49
+# %% ../nbs/00_config.ipynb #efe0bd77
 def setting(default: Any, # Value when the user says nothing
             help: str,    # One line for `--help`
             **metadata):
     "A dataclass field with a help text."
     return field(default=default, metadata=dict(help=help, **metadata))
 
-# %% ../nbs/00_config.ipynb #bd4dd517
+# %% ../nbs/00_config.ipynb #a60709fb
 Count    = Annotated[int,   "must be at least 1",           lambda x: x >= 1]
 Whole    = Annotated[int,   "must be 0 or more",            lambda x: x >= 0]
 Positive = Annotated[float, "must be more than 0",          lambda x: 0 < x < float("inf")]
@@ -28,7 +28,7 @@ Unit     = Annotated[float, "must be between 0 and 1",      lambda x: 0 <= x <= 
 Finite   = Annotated[float, "must be a finite number",      lambda x: abs(x) < float("inf")]
 Percent  = Annotated[float, "must be from 0 to below 100",  lambda x: 0 <= x < 100]
 
-# %% ../nbs/00_config.ipynb #8c84cd06
+# %% ../nbs/00_config.ipynb #36fd81f8
 def complaint(value: Any, # What the user gave
               tp: Any,    # The setting's type
 ) -> str | None:          # What is wrong, or None
@@ -50,7 +50,7 @@ def complaint(value: Any, # What the user gave
     if tp is int: return None if isinstance(value, int) and not isinstance(value, bool) else "must be a whole number"
     return None if isinstance(value, tp) else f"must be a {tp.__name__}"
 
-# %% ../nbs/00_config.ipynb #d0b3b7af
+# %% ../nbs/00_config.ipynb #84eba4d3
 def validate(config: Any): # A dataclass instance
     "Raise `ValueError` naming the first setting that breaks its type or limit."
     hints = get_type_hints(type(config), include_extras=True)
@@ -58,7 +58,7 @@ def validate(config: Any): # A dataclass instance
         value = getattr(config, f.name)
         if problem := complaint(value, hints[f.name]): raise ValueError(f"{f.name}={value!r}: {problem}")
 
-# %% ../nbs/00_config.ipynb #8e2c50f8
+# %% ../nbs/00_config.ipynb #4d58f251
 @dataclass
 class SamplingSettings:
     "How answers are written."
@@ -69,7 +69,7 @@ class SamplingSettings:
     min_target_length: Whole = setting(4, "Tokens before an answer may end")
     temperature: Positive = setting(1.0, "Sampling temperature, in effect wherever log-probs are computed")
 
-# %% ../nbs/00_config.ipynb #712d2834
+# %% ../nbs/00_config.ipynb #39da1671
 @dataclass
 class RewardSettings:
     "How answers are scored."
@@ -78,7 +78,7 @@ class RewardSettings:
     reward_batch_size: Count = setting(16, "Question-answer pairs that a reward model reads at once")
     reward_baseline: Finite = setting(0.0, "Subtracted from every score")
 
-# %% ../nbs/00_config.ipynb #524cb2d5
+# %% ../nbs/00_config.ipynb #ba0533a1
 @dataclass
 class KLSettings:
     "How far the policy may go from the reference."
@@ -90,7 +90,7 @@ class KLSettings:
     early_stopping: bool = setting(False, "End an update when the policy has moved too far within it")
     target_kl: Positive = setting(0.1, "Early stopping: an update ends at 1.5 times this, in nats per token")
 
-# %% ../nbs/00_config.ipynb #d7719cbc
+# %% ../nbs/00_config.ipynb #ecb4e342
 @dataclass
 class PPOSettings:
     "The objective (Schulman et al. 2017) and its optimiser."
@@ -112,7 +112,7 @@ class PPOSettings:
     adam_epsilon: Positive = setting(1e-8, "AdamW: epsilon")
     max_grad_norm: Positive | None = setting(1.0, "Clip the gradient's norm at every optimiser step; None: do not")
 
-# %% ../nbs/00_config.ipynb #f8fe379f
+# %% ../nbs/00_config.ipynb #bd62464c
 @dataclass
 class RunSettings:
     "Steps, files and logs."
@@ -132,7 +132,7 @@ class RunSettings:
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "Type of the matrix products, and of weights that are not trained")
     seed: Whole = setting(0, "Order of prompts, sampling, initial weights")
 
-# %% ../nbs/00_config.ipynb #38140504
+# %% ../nbs/00_config.ipynb #3877716e
 @dataclass
 class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSettings):
     "Every setting that the trainer reads."
@@ -147,7 +147,7 @@ class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSe
         ]:
             if wrong: raise ValueError(text)
 
-# %% ../nbs/00_config.ipynb #0bccdff0
+# %% ../nbs/00_config.ipynb #6dfedb13
 @dataclass
 class ModelArguments:
     "Which models, and how they are loaded."
@@ -176,7 +176,7 @@ class ModelArguments:
             raise ValueError("load_in_8bit and load_in_4bit need use_peft: quantised weights cannot be trained")
         if self.peft_path and not self.use_peft: raise ValueError(f"peft_path={self.peft_path} needs use_peft")
 
-# %% ../nbs/00_config.ipynb #a1ccfed1
+# %% ../nbs/00_config.ipynb #e7693012
 @dataclass
 class DataArguments:
     "Which prompts, and how they are read."
@@ -196,3 +196,20 @@ class DataArguments:
         validate(self)
         if self.dataset_name and self.train_file_dir: raise ValueError("dataset_name and train_file_dir: choose one")
         if self.dataset_config_name and not self.dataset_name: raise ValueError("dataset_config_name needs dataset_name")
+
+# %% ../nbs/00_config.ipynb #c43f6c0f
+@dataclass
+class MergeArguments:
+    "What `rlhf-nb merge` needs."
+    base_model_name_or_path: str | None = setting(None, "Hub name or folder of the base model")
+    peft_model_path: str | None = setting(None, "Folder with the adapter: the output_dir of a run, or a checkpoint")
+    output_dir: str | None = setting(None, "Where the merged model goes")
+    overwrite_output_dir: bool = setting(False, "Write there although it holds a model")
+    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "Type of the merged weights; auto: the base model's")
+    cache_dir: str | None = setting(None, "Where downloads are kept")
+    trust_remote_code: bool = setting(False, "Run code that comes with a model: only for models that you have read")
+
+    def __post_init__(self):
+        validate(self)
+        for name in ("base_model_name_or_path", "peft_model_path", "output_dir"):
+            if not getattr(self, name): raise ValueError(f"--{name} is missing")

@@ -9,12 +9,13 @@ __all__ = ['logger', 'REFERENCE', 'VALUE_HEAD', 'Sampling', 'sampling_logits', '
            'load_value_head', 'load_policy', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'save_policy',
            'load_weights', 'merge_adapter']
 
-# %% ../nbs/02_models.ipynb #76766e9f
+# %% ../nbs/02_models.ipynb #00344130
 import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,12 +164,13 @@ def lora_targets(lm: PreTrainedModel,          # The base model
     if wanted: return wanted if wanted == "all-linear" else [w.strip() for w in wanted.split(",")]
     return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(lm.config.model_type, "all-linear")
 
-# %% ../nbs/02_models.ipynb #2191047c
+# %% ../nbs/02_models.ipynb #63969772
 def has_bf16(device: torch.device) -> bool: # In hardware, not emulated
     "Does the device multiply bfloat16 matrices?"
     if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
+@cache
 def resolve_dtype(name: str,            # "auto", "float32", "bfloat16" or "float16"
                   device: torch.device, # Where the model will run
 ) -> torch.dtype:

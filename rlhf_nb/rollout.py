@@ -58,9 +58,9 @@ def generate(policy: Policy,
     longest = lengths.max()
     return answers[:, :longest], (torch.arange(longest, device=lengths.device) < lengths[:, None]).long()
 
-# %% ../nbs/04_rollout.ipynb #4ca87969
+# %% ../nbs/04_rollout.ipynb #922e3c1d
 class Rollout(NamedTuple):
-    "Answers to B prompts. All tensors but the first two are (B, T) or (B,); 0 or pad outside the masks."
+    "Answers to B prompts, (B, T) unless said; outside the masks stand pads and zeros."
     rows: list[dict]         # The data set's rows
     prompts: list            # Their prompts, as in the data set
     completions: list[str]   # Answers as text, cut at EOS

@@ -102,7 +102,7 @@ def as_reward(reward: str | PreTrainedModel | Callable,
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(reward.config._name_or_path)
     return RewardModel(reward.to(device), tokenizer, args.reward_label, args.reward_batch_size)
 
-# %% ../nbs/06_trainer.ipynb #4f53f052
+# %% ../nbs/06_trainer.ipynb #771db2ef
 class Parts:
     "Models, rewards, optimiser and leash of a run."
     def __init__(self,
@@ -125,7 +125,7 @@ class Parts:
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no"),
                                        log_with=None if args.log_with == "none" else args.log_with, project_dir=args.output_dir)
-        if self.accelerator.num_processes > 1: raise ValueError("Several processes are not supported yet: start one")
+        if self.accelerator.num_processes > 1: raise ValueError("Several processes are not supported yet: start one process")
         set_seed(args.seed)
         self.generator = torch.Generator().manual_seed(args.seed)
 
