@@ -86,7 +86,7 @@ def gae(rewards: Tensor, # Per token, (B, T)
         advantages[:, t] = carry
     return advantages, keep(advantages + values, mask)
 
-# %% ../nbs/05_ppo.ipynb #5f4d3301
+# %% ../nbs/05_ppo.ipynb #b7f79958
 def policy_loss(logprobs: Tensor,     # Of the policy as it is, (B, T)
                 old_logprobs: Tensor, # Of the policy that wrote the answer, (B, T)
                 advantages: Tensor,   # (B, T)
@@ -94,7 +94,7 @@ def policy_loss(logprobs: Tensor,     # Of the policy as it is, (B, T)
                 cliprange: float,     # The ratio counts within 1 +- this
 ) -> tuple[Tensor, Tensor]:           # Loss, and share of tokens at which the clip holds
     "PPO's clipped surrogate (Schulman et al. 2017, eq. 7)."
-    ratio = keep(logprobs - old_logprobs, mask).exp()
+    ratio, advantages = keep(logprobs - old_logprobs, mask).exp(), keep(advantages, mask)
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     return masked_mean(torch.maximum(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
 
@@ -105,6 +105,7 @@ def value_loss(values: Tensor,          # Of the critic as it is, (B, T)
                cliprange_value: float,  # A value may move this far
 ) -> tuple[Tensor, Tensor]:             # Loss, and share of tokens at which the clip holds
     "Half the squared error, clipped around the old value (as in OpenAI's baselines)."
+    values, old_values, returns = (keep(x, mask) for x in (values, old_values, returns))
     near = torch.minimum(torch.maximum(values, old_values - cliprange_value), old_values + cliprange_value)
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2
     return 0.5 * masked_mean(torch.maximum(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
@@ -114,7 +115,7 @@ def approx_kl(logprobs: Tensor,     # Of the policy as it is, (B, T)
               mask: Tensor,         # (B, T)
 ) -> Tensor:                        # Scalar, in nats per token
     "How far the policy has moved within this update: half the mean squared log-ratio."
-    return 0.5 * masked_mean((logprobs - old_logprobs) ** 2, mask)
+    return 0.5 * masked_mean(keep(logprobs - old_logprobs, mask) ** 2, mask)
 
 # %% ../nbs/05_ppo.ipynb #7b1826a5
 class FixedKL:

@@ -79,28 +79,29 @@ def tiny_policy(arch: str = "bloom", # A key of `DECODERS`
         model = AutoModelForCausalLM.from_config(DECODERS[arch](vocab_size=len(tok), **{**ids, **config}))
     return model.eval(), tok
 
-# %% ../nbs/09_tiny.ipynb #8ad31351
-def tiny_reward_model(seed: int = 0,       # Of the random weights
-                      num_labels: int = 1, # Scores per pair
+# %% ../nbs/09_tiny.ipynb #9e0d7ec7
+def tiny_reward_model(seed: int = 0, # Of the random weights
+                      **config,      # DeBERTa's own settings
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     "A random DeBERTa-v2 classifier, with a tokenizer of its own."
     tok = reward_tokenizer()
-    config = DebertaV2Config(vocab_size=len(tok), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-                             relative_attention=True, position_buckets=32, norm_rel_ebd="layer_norm", share_att_key=True,
-                             pos_att_type=["p2c", "c2p"], position_biased_input=False, max_position_embeddings=512,
-                             type_vocab_size=0, pooler_hidden_size=64, num_labels=num_labels, pad_token_id=tok.pad_token_id)
+    shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, pooler_hidden_size=64,
+                 relative_attention=True, position_buckets=32, norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"],
+                 position_biased_input=False, max_position_embeddings=512, type_vocab_size=0, num_labels=1)
+    config = DebertaV2Config(vocab_size=len(tok), pad_token_id=tok.pad_token_id, **{**shape, **config})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_config(config)
     return model.eval(), tok
 
-# %% ../nbs/09_tiny.ipynb #659cd45c
+# %% ../nbs/09_tiny.ipynb #739308ab
 def save_tiny(path: str | Path, # Folder; gets `policy/` and `reward/`
               seed: int = 0,    # Of the random weights
 ) -> tuple[Path, Path]:         # The two folders
     "Write a random policy and a random reward model, each with its tokenizer."
     path = Path(path)
-    for name, (model, tok) in dict(policy=tiny_policy(seed=seed), reward=tiny_reward_model(seed=seed + 1)).items():
+    big = dict(initializer_range=.2)
+    for name, (model, tok) in dict(policy=tiny_policy(seed=seed, **big), reward=tiny_reward_model(seed=seed + 1, **big)).items():
         model.save_pretrained(path/name)
         tok.save_pretrained(path/name)
     return path/"policy", path/"reward"
