@@ -6,11 +6,12 @@
 __all__ = ['logger', 'DEMO', 'COMMANDS', 'Parser', 'train_parser', 'check_model', 'make_trainer', 'train', 'answers_to', 'demo',
            'as_flags', 'merge', 'quiet_libraries', 'main']
 
-# %% ../nbs/10_cli.ipynb #d47b58a0
+# %% ../nbs/10_cli.ipynb #9b812e76
 import argparse
 import logging
 import sys
 import traceback
+import warnings
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -138,13 +139,14 @@ def merge(argv: list[str]):
     merge_adapter(args.base_model_name_or_path, args.peft_model_path, args.output_dir, args.torch_dtype, args.cache_dir, args.trust_remote_code)
     logger.info("Saved to %s", args.output_dir)
 
-# %% ../nbs/10_cli.ipynb #dbffd731
+# %% ../nbs/10_cli.ipynb #ed5bdf11
 COMMANDS = dict(train=train, demo=demo, merge=merge)
 
 def quiet_libraries():
     "Our own lines, without the loading bars of others."
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("rlhf_nb").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.disable_progress_bar()
     huggingface_hub_logging.set_verbosity_error()
     disable_progress_bars()

@@ -105,7 +105,7 @@ def use_adapter(lm: PeftModel,   # With more than one adapter
     try: yield
     finally: lm.set_adapter(before)
 
-# %% ../nbs/02_models.ipynb #f337e4f2
+# %% ../nbs/02_models.ipynb #14030706
 class Policy(nn.Module):
     "A decoder with a value head, and its reference."
     def __init__(self,
@@ -122,6 +122,8 @@ class Policy(nn.Module):
         self.value_head = nn.Linear(weight.shape[-1], 1, dtype=torch.float32, device=weight.device)
         nn.init.zeros_(self.value_head.weight); nn.init.zeros_(self.value_head.bias)
         self.eval()
+        for m in self.modules():
+            if type(m).__module__.startswith("bitsandbytes"): m.train()
 
     def forward(self,
                 query_ids: Tensor,      # Prompts, padded on the left, (B, P)

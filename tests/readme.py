@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 def render() -> str:
     "The README's text."
     nb = nbformat.read(ROOT/"nbs"/"index.ipynb", as_version=4)
+    nb.metadata["language_info"] = dict(name="python")
     nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
     for cell in nb.cells:
         if cell.cell_type == "code": cell.source = "\n".join(l for l in cell.source.split("\n") if not l.startswith("#|"))
