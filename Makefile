@@ -2,7 +2,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test test-slow readme clean
+.PHONY: demo test test-slow notebooks readme clean
 
 demo: $(READY)
 	$(BIN)/rlhf-nb demo $(ARGS)
@@ -15,6 +15,9 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/nbdev_test --n_workers 2 --flags slow
 	$(BIN)/python -m pytest -q tests --slow
+
+notebooks: $(READY)
+	$(BIN)/python tests/notebooks.py $(ARGS)
 
 readme: $(READY)
 	$(BIN)/python tests/readme.py

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'REFERENCE', 'VALUE_HEAD', 'Sampling', 'sampling_logits', 'token_logprobs', 'token_entropy', 'PolicyOutput',
-           'output_layer', 'takes_position_ids', 'positions', 'freeze_copy_of_adapter', 'use_adapter', 'Policy',
-           'lora_targets', 'has_bf16', 'resolve_dtype', 'check_decoder', 'quantization', 'load_lm', 'lora_config',
-           'load_value_head', 'load_policy', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'save_policy',
-           'load_weights', 'merge_adapter']
+           'output_layer', 'takes_position_ids', 'positions', 'ActorCritic', 'freeze_copy_of_adapter', 'use_adapter',
+           'Policy', 'lora_targets', 'has_bf16', 'resolve_dtype', 'check_decoder', 'quantization', 'load_lm',
+           'lora_config', 'load_value_head', 'load_policy', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens',
+           'save_policy', 'load_weights', 'merge_adapter']
 
 # %% ../nbs/02_models.ipynb #00344130
 import inspect
@@ -33,7 +33,7 @@ from .config import ModelArguments
 # %% ../nbs/02_models.ipynb #c5bfda1a
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/02_models.ipynb #79756c79
+# %% ../nbs/02_models.ipynb #934a1bf1
 class Sampling(NamedTuple):
     "The distribution that answers are drawn from, and scored on."
     temperature: float = 1.              # Divides the logits
@@ -45,17 +45,31 @@ def sampling_logits(logits: Tensor,     # From the model, for response positions
                     start: int = 0,     # Position of the first one within the response
 ) -> Tensor:                            # float32, (B, T, V)
     "Logits of the distribution that is sampled."
-    logits = logits.float() / sampling.temperature
+    scaled = logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
     if (n := sampling.min_length - start) > 0 and sampling.eos_token_ids:
-        logits[:, :n, list(sampling.eos_token_ids)] = torch.finfo(torch.float32).min
-    return logits
+        scaled = scaled.clone() if scaled is logits else scaled
+        scaled[:, :n, list(sampling.eos_token_ids)] = torch.finfo(torch.float32).min
+    return scaled
 
-# %% ../nbs/02_models.ipynb #25f1e1a3
+# %% ../nbs/02_models.ipynb #51dc476c
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, ids):
+        total = logits.logsumexp(-1)
+        ctx.save_for_backward(logits, ids, total)
+        return logits.gather(-1, ids[..., None])[..., 0] - total
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, ids, total = ctx.saved_tensors
+        out = (logits - total[..., None]).exp_().mul_(-grad[..., None])
+        return out.scatter_add_(-1, ids[..., None], grad[..., None]), None
+
 def token_logprobs(logits: Tensor, # (B, T, V), float32
                    ids: Tensor,    # The tokens that were drawn, (B, T)
 ) -> Tensor:                       # (B, T)
     "Log-probability of each drawn token."
-    return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
+    return _TokenLogprobs.apply(logits, ids)
 
 @torch.no_grad()
 def token_entropy(logits: Tensor, # (B, T, V), float32
@@ -85,39 +99,14 @@ def positions(mask: Tensor, # 1 for real tokens, (B, N)
     "Positions that start at 0 at the first real token."
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
-# %% ../nbs/02_models.ipynb #d01b3f67
-REFERENCE = "reference"
-
-def freeze_copy_of_adapter(lm: PeftModel): # Gets a second, frozen adapter
-    "Keep the adapter as it is now, under the name `reference`."
-    name = lm.active_adapter
-    lm.add_adapter(REFERENCE, deepcopy(lm.peft_config[name]))
-    set_peft_model_state_dict(lm, get_peft_model_state_dict(lm, adapter_name=name), adapter_name=REFERENCE)
-    lm.set_adapter(name)
-
-@contextmanager
-def use_adapter(lm: PeftModel,   # With more than one adapter
-                name: str,       # The one to use inside
-) -> Iterator[None]:
-    "Another adapter inside, the present one afterwards, whatever happens."
-    before = lm.active_adapter
-    lm.set_adapter(name)
-    try: yield
-    finally: lm.set_adapter(before)
-
-# %% ../nbs/02_models.ipynb #14030706
-class Policy(nn.Module):
-    "A decoder with a value head, and its reference."
-    def __init__(self,
-                 lm: PreTrainedModel | PeftModel, # Trained: its adapter, or all of it
-                 trained_adapter: bool = False):  # The adapter has been trained before: it is the reference
+# %% ../nbs/02_models.ipynb #f8e165c9
+class ActorCritic(nn.Module):
+    "A decoder with a value head."
+    def __init__(self, lm: PreTrainedModel | PeftModel): # Its trainable weights become float32
         super().__init__()
         self.lm, self.position_ids = lm, takes_position_ids(lm)
-        if not isinstance(lm, PeftModel): lm.requires_grad_(True)
-        elif trained_adapter: freeze_copy_of_adapter(lm)
         for p in lm.parameters():
             if p.requires_grad: p.data = p.data.float()
-        self.ref_lm = None if isinstance(lm, PeftModel) else deepcopy(lm).requires_grad_(False)
         weight = output_layer(lm).weight
         self.value_head = nn.Linear(weight.shape[-1], 1, dtype=torch.float32, device=weight.device)
         nn.init.zeros_(self.value_head.weight); nn.init.zeros_(self.value_head.bias)
@@ -145,6 +134,37 @@ class Policy(nn.Module):
             values = self.value_head(hidden[0][:, :-1].to(self.value_head.weight)).squeeze(-1)
             logits = sampling_logits(logits, sampling)
             return PolicyOutput(token_logprobs(logits, response_ids), values, token_entropy(logits) if entropy else None)
+
+# %% ../nbs/02_models.ipynb #d01b3f67
+REFERENCE = "reference"
+
+def freeze_copy_of_adapter(lm: PeftModel): # Gets a second, frozen adapter
+    "Keep the adapter as it is now, under the name `reference`."
+    name = lm.active_adapter
+    lm.add_adapter(REFERENCE, deepcopy(lm.peft_config[name]))
+    set_peft_model_state_dict(lm, get_peft_model_state_dict(lm, adapter_name=name), adapter_name=REFERENCE)
+    lm.set_adapter(name)
+
+@contextmanager
+def use_adapter(lm: PeftModel,   # With more than one adapter
+                name: str,       # The one to use inside
+) -> Iterator[None]:
+    "Another adapter inside, the present one afterwards, whatever happens."
+    before = lm.active_adapter
+    lm.set_adapter(name)
+    try: yield
+    finally: lm.set_adapter(before)
+
+# %% ../nbs/02_models.ipynb #22d2e622
+class Policy(ActorCritic):
+    "A decoder with a value head, and its reference."
+    def __init__(self,
+                 lm: PreTrainedModel | PeftModel, # Trained: its adapter, or all of it
+                 trained_adapter: bool = False):  # The adapter has been trained before: it is the reference
+        if not isinstance(lm, PeftModel): lm.requires_grad_(True)
+        elif trained_adapter: freeze_copy_of_adapter(lm)
+        super().__init__(lm)
+        self.ref_lm = None if isinstance(lm, PeftModel) else deepcopy(lm).requires_grad_(False)
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:

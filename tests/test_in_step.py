@@ -1,4 +1,5 @@
 "Notebooks, package and README say the same."
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,12 @@ def test_export_and_clean_change_nothing(tmp_path):
 
 def test_readme_is_the_index_notebook():
     assert (ROOT/"README.md").read_text(encoding="utf-8") == render(), "run make readme"
+
+
+def test_no_path_of_a_machine():
+    tracked = subprocess.run(["git", "ls-files", "nbs", "rlhf_nb", "tests", "data", "README.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    paths = re.compile(r"site-packages|/home/|/root/|/Users/|" + re.escape(str(ROOT)))
+    assert not [f for f in tracked if f != "tests/notebooks.py" and f != "tests/test_in_step.py" and paths.search((ROOT/f).read_text(encoding="utf-8"))]
 
 
 def test_notebooks_are_light():

@@ -1,0 +1,30 @@
+"""Runs notebooks in place and keeps their outputs, less the noise of other libraries: python tests/notebooks.py [NAME ...]"""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+NOISE = re.compile(r"site-packages|it/s\]|ba/s\]|examples/s\]|update/s|\[transformers\]|^\s*$")
+
+
+def run(path: Path):
+    "Execute one notebook from its own folder and save it."
+    nb = nbformat.read(path, as_version=4)
+    NotebookClient(nb, timeout=900, kernel_name="python3", resources=dict(metadata=dict(path=str(path.parent)))).execute()
+    for cell in nb.cells:
+        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr" and NOISE.search(o.text))]
+    nbformat.write(nb, path)
+
+
+if __name__ == "__main__":
+    os.environ.update(PYTHONWARNINGS="ignore", HF_HUB_OFFLINE="1")
+    for path in sorted((ROOT/"nbs").glob("*.ipynb")):
+        if path.stem != "index" and (not sys.argv[1:] or path.stem in sys.argv[1:]):
+            run(path)
+            print(path.name, path.stat().st_size // 1024, "KB")
+    subprocess.run([Path(sys.executable).parent/"nbdev_clean"], cwd=ROOT, check=True)
