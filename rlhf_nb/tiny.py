@@ -55,10 +55,10 @@ def reward_tokenizer(size: int = 600, # Vocabulary, at most
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
                                    unk_token="[UNK]", mask_token="[MASK]", model_max_length=512)
 
-# %% ../nbs/09_tiny.ipynb #0aaef4c4
+# %% ../nbs/09_tiny.ipynb #0ea2f03d
 _rope = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
 DECODERS = dict(
-    bloom=lambda **kw: BloomConfig(hidden_size=64, n_layer=2, n_head=4, **kw),
+    bloom=lambda **kw: BloomConfig(**{**dict(hidden_size=64, n_layer=2, n_head=4), **kw}),
     gpt2=lambda **kw: GPT2Config(n_embd=64, n_layer=2, n_head=4, **kw),
     llama=lambda **kw: LlamaConfig(num_key_value_heads=2, **_rope, **kw),
     qwen3=lambda **kw: Qwen3Config(num_key_value_heads=2, head_dim=16, **_rope, **kw),
