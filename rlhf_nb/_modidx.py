@@ -200,6 +200,7 @@ d = { 'settings': { 'branch': 'main',
                                  'rlhf_nb.trainer.make_leash': ('trainer.html#make_leash', 'rlhf_nb/trainer.py'),
                                  'rlhf_nb.trainer.make_optimizer': ('trainer.html#make_optimizer', 'rlhf_nb/trainer.py'),
                                  'rlhf_nb.trainer.make_rewards': ('trainer.html#make_rewards', 'rlhf_nb/trainer.py'),
+                                 'rlhf_nb.trainer.means': ('trainer.html#means', 'rlhf_nb/trainer.py'),
                                  'rlhf_nb.trainer.micro_batch': ('trainer.html#micro_batch', 'rlhf_nb/trainer.py'),
                                  'rlhf_nb.trainer.rollout_stats': ('trainer.html#rollout_stats', 'rlhf_nb/trainer.py'),
                                  'rlhf_nb.trainer.update_stats': ('trainer.html#update_stats', 'rlhf_nb/trainer.py')}}}

@@ -58,12 +58,12 @@ def validate(config: Any): # A dataclass instance
         value = getattr(config, f.name)
         if problem := complaint(value, hints[f.name]): raise ValueError(f"{f.name}={value!r}: {problem}")
 
-# %% ../nbs/00_config.ipynb #4d58f251
+# %% ../nbs/00_config.ipynb #372ff2f2
 @dataclass
 class SamplingSettings:
     "How answers are written."
     batch_size: Count = setting(8, "Prompts per PPO update")
-    rollout_batch_size: Count | None = setting(None, "Prompts that are answered at once; default: all of batch_size")
+    rollout_batch_size: Count | None = setting(None, "Prompts that are answered at once, in evaluation too; default: batch_size")
     max_source_length: Count = setting(256, "Longest prompt, in tokens")
     max_target_length: Count = setting(256, "Longest answer, in tokens")
     min_target_length: Whole = setting(4, "Tokens before an answer may end")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'Experience', 'make_experience', 'micro_batch', 'as_policy', 'as_reward', 'make_accelerator', 'make_rewards',
-           'make_optimizer', 'make_leash', 'check_data', 'check_lengths', 'Schedule', 'Parts', 'Update', 'deal',
-           'Verbs', 'rollout_stats', 'update_stats', 'Files', 'Watched', 'PPOTrainer']
+           'make_optimizer', 'make_leash', 'check_data', 'check_lengths', 'Schedule', 'Parts', 'means', 'Update',
+           'deal', 'Verbs', 'rollout_stats', 'update_stats', 'Files', 'Watched', 'PPOTrainer']
 
 # %% ../nbs/06_trainer.ipynb #6be329ad
 import logging
@@ -194,7 +194,12 @@ class Parts:
         self.handler = CallbackHandler([Schedule, *([] if args.disable_tqdm else [ProgressBar]), *(callbacks or [])], self.policy, self.processing_class,
                                        self.optimizer, self.lr_scheduler)
 
-# %% ../nbs/06_trainer.ipynb #95098368
+# %% ../nbs/06_trainer.ipynb #52c753ab
+def means(stats: list[dict[str, float]]) -> dict[str, float]: # Of entries with the same names
+    "The mean of each metric."
+    return {k: float(np.mean([s[k] for s in stats])) for k in stats[0]}
+
+# %% ../nbs/06_trainer.ipynb #838dec49
 class Update(Parts):
     "From experience to new weights."
     def update(self, exp: Experience) -> dict[str, float]: # Means over optimiser steps
@@ -203,7 +208,7 @@ class Update(Parts):
         size = args.mini_batch_size * args.gradient_accumulation_steps
         groups = (rows for _ in range(args.num_ppo_epochs) for rows in torch.randperm(len(exp.values), generator=self.generator).split(size))
         for rows in groups:
-            stats = self.accumulate(exp, rows)
+            stats = self.accumulate(exp, rows) | {"policy/grad_norm": 0.}
             if args.early_stopping and stats["policy/approxkl_avg"] > 1.5 * args.target_kl:
                 self.optimizer.zero_grad()
                 break
@@ -211,7 +216,7 @@ class Update(Parts):
             self.optimizer.step()
             self.optimizer.zero_grad()
             done.append(stats)
-        return {k: float(np.mean([s[k] for s in done])) for k in done[0]} | {"policy/optimizer_steps": len(done)}
+        return means(done or [stats]) | {"policy/optimizer_steps": len(done)}
 
     def accumulate(self, exp: Experience, rows: Tensor) -> dict[str, float]: # Rows of one optimiser step, (n,)
         "Gradients of one optimiser step, a micro-batch at a time; each counts by its tokens."
@@ -239,7 +244,7 @@ def deal(n: int,      # Prompts
     epochs = {e: order(e) for e in {p // n for p in places}}
     return [int(epochs[p // n][p % n]) for p in places]
 
-# %% ../nbs/06_trainer.ipynb #4793dc60
+# %% ../nbs/06_trainer.ipynb #3715e755
 class Verbs(Update):
     "A PPO step, by hand."
     def batches(self) -> Iterator[list[dict]]: # Rows of the data set
@@ -257,7 +262,7 @@ class Verbs(Update):
         "Answer the prompts."
         rows = [dict(prompt=p) if isinstance(p, str) else p for p in prompts]
         return rollout(self.policy, self.processing_class, rows, self.sampling, self.args.max_source_length, self.args.max_target_length,
-                       self.args.rollout_batch_size, None if greedy else generator or self.generator, self.accelerator.autocast)
+                       self.args.rollout_batch_size or self.args.batch_size, None if greedy else generator or self.generator, self.accelerator.autocast)
 
     def score(self, rollout: Rollout) -> Scores:
         "Reward the answers. Functions see the prompts, the answers, and the data set's other columns."
@@ -346,7 +351,7 @@ class Files(Verbs):
         "Remove the checkpoints and logs of an earlier run, which `check_output_dir` has let go."
         for old in [*checkpoints(self.args.output_dir), Path(self.args.output_dir)/"trl"]: shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/06_trainer.ipynb #b370a637
+# %% ../nbs/06_trainer.ipynb #1f1bf1ec
 class Watched(Files):
     "Timed, logged, evaluated."
     def timed_step(self, rows: list[dict]) -> dict[str, float]: # Metrics
@@ -365,7 +370,7 @@ class Watched(Files):
         answers = self.rollout(list(self.eval_dataset), draws, greedy=not self.args.eval_do_sample)
         stats = rollout_stats(answers, self.score(answers), self.kl_ctl.value)
         names = {"objective/scores": "scores", "objective/kl": "kl", "objective/entropy": "entropy", "tokens/responses": "responses"}
-        stats = {f"eval/{names[k]}": v for k, v in stats.items() if k in names} | {"eval/ended": answers.ended.float().mean().item()}
+        stats = {f"eval/{names.get(k, k)}": v for k, v in stats.items() if k in names or k.startswith("rewards/")} | {"eval/ended": answers.ended.float().mean().item()}
         self.control = self.handler.on_evaluate(self.args, self.state, self.control, stats)
         return stats
 
@@ -379,7 +384,7 @@ class Watched(Files):
         self.accelerator.log(stats, step=self.state.global_step)
         self.control = self.handler.on_log(self.args, self.state, self.control, stats)
 
-# %% ../nbs/06_trainer.ipynb #962b98ee
+# %% ../nbs/06_trainer.ipynb #020cf4e7
 class PPOTrainer(Watched):
     "PPO with the surface of TRL's trainers."
     def train(self,
@@ -398,8 +403,8 @@ class PPOTrainer(Watched):
             self.control = self.handler.on_step_begin(args, self.state, self.control)
             pending.append(self.timed_step(rows))
             self.control = self.handler.on_step_end(args, self.state, self.control)
-            if self.control.should_log:
-                self.log({k: float(np.mean([s[k] for s in pending])) for k in pending[0]})
+            if self.control.should_log or self.control.should_training_stop:
+                self.log(means(pending) | {k: pending[-1][k] for k in ("lr", "episode", "objective/kl_coef")})
                 pending = []
             if self.control.should_evaluate: self.log(self.evaluate())
             if self.control.should_save: self.save_checkpoint()
