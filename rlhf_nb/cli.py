@@ -41,7 +41,7 @@ from .trainer import PPOTrainer
 # %% ../nbs/10_cli.ipynb #b93ea544
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/10_cli.ipynb #2afd797b
+# %% ../nbs/10_cli.ipynb #dae818a2
 class Parser(TrlParser):
     "Settings from flags and YAML; an error is one line."
     def error(self, message: str): raise ValueError(message)
@@ -49,7 +49,8 @@ class Parser(TrlParser):
     def read(self, argv: list[str]) -> tuple: # One instance per dataclass
         "The settings; `ValueError` for what is unknown or wrong."
         config = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else None
-        try: *parsed, from_file, from_flags = self.parse_args_and_config(argv, return_remaining_strings=True, separate_remaining_strings=True)
+        try: *parsed, from_file, from_flags = self.parse_args_and_config(argv, return_remaining_strings=True,
+                                                                         separate_remaining_strings=True)
         except yaml.YAMLError as e: raise ValueError(f"{config}: not YAML ({' '.join(str(e).split())})") from None
         for where, unknown in ((f"{config}: ", from_file[::2]), ("", from_flags)):
             if unknown: raise ValueError(f"{where}unknown setting {unknown[0]}{self.suggest(unknown[0])}")
@@ -63,7 +64,8 @@ class Parser(TrlParser):
 
 def train_parser(prog: str = "rlhf-nb train") -> Parser:
     "Everything that a run can be told."
-    return Parser((ModelArguments, DataArguments, PPOConfig), prog=prog, allow_abbrev=False, description="PPO on your prompts, scored by your reward model.")
+    return Parser((ModelArguments, DataArguments, PPOConfig), prog=prog, allow_abbrev=False,
+                  description="PPO on your prompts, scored by your reward model.")
 
 # %% ../nbs/10_cli.ipynb #79c2e368
 def check_model(flag: str, name: str | None): # Setting, and the hub name or folder it was given
@@ -78,7 +80,7 @@ def loading(flag: str, name: str): # Setting, and the hub name or folder it was 
     try: yield
     except OSError as e: raise ValueError(f"{flag}={name} cannot be loaded: {str(e).strip().splitlines()[0]}") from e
 
-# %% ../nbs/10_cli.ipynb #a6febbcd
+# %% ../nbs/10_cli.ipynb #ab74fdcc
 def make_trainer(model_args: ModelArguments, data_args: DataArguments, args: PPOConfig) -> PPOTrainer:
     "Prompts, policy and reward model, as the flags say."
     for name in ("model_name_or_path", "reward_model_name_or_path"): check_model(name, getattr(model_args, name))
@@ -87,15 +89,18 @@ def make_trainer(model_args: ModelArguments, data_args: DataArguments, args: PPO
     for path in filter(None, (data_args.train_file_dir, data_args.validation_file_dir)): find_files(path)
     set_seed(args.seed)
     name = model_args.tokenizer_name_or_path or model_args.model_name_or_path
-    with loading("tokenizer_name_or_path" if model_args.tokenizer_name_or_path else "model_name_or_path", name): tokenizer = load_tokenizer(name, model_args)
+    flag = "tokenizer_name_or_path" if model_args.tokenizer_name_or_path else "model_name_or_path"
+    with loading(flag, name): tokenizer = load_tokenizer(name, model_args)
     data = load_prompts(data_args, tokenizer, args.max_source_length, args.seed, model_args.cache_dir)
     device = PartialState().device
     dtype = resolve_dtype(args.torch_dtype, device)
     with loading("model_name_or_path", model_args.model_name_or_path): policy = load_policy(model_args, dtype, device)
     with loading("reward_model_name_or_path", model_args.reward_model_name_or_path):
-        reward = load_reward_model(model_args.reward_model_name_or_path, model_args, dtype, device, args.reward_label, args.reward_batch_size)
+        reward = load_reward_model(model_args.reward_model_name_or_path, model_args, dtype, device, args.reward_label,
+                                   args.reward_batch_size)
     trained, every = (sum(p.numel() for p in policy.parameters() if p.requires_grad or not only) for only in (True, False))
-    logger.info("%s parameters, %s trained (%.2f per cent), %s on %s", f"{every:,}", f"{trained:,}", 100 * trained / every, str(dtype).removeprefix("torch."), device)
+    logger.info("%s parameters, %s trained (%.2f per cent), %s on %s", f"{every:,}", f"{trained:,}", 100 * trained / every,
+                str(dtype).removeprefix("torch."), device)
     return PPOTrainer(policy, reward, args, data["train"], data.get("validation"), tokenizer)
 
 def train(argv: list[str], prog: str = "rlhf-nb train") -> PPOTrainer:
@@ -104,18 +109,21 @@ def train(argv: list[str], prog: str = "rlhf-nb train") -> PPOTrainer:
     trainer = make_trainer(model_args, data_args, args)
     if args.do_train:
         trainer.train()
-        logger.info("Saved to %s%s", args.output_dir, f". Curves: tensorboard --logdir {args.output_dir}/trl" if args.log_with == "tensorboard" else "")
+        logger.info("Saved to %s", args.output_dir)
+        if args.log_with == "tensorboard": logger.info("Curves: tensorboard --logdir %s/trl", args.output_dir)
     else:
         for name, value in trainer.evaluate().items(): print(f"{name} {value:.4f}")
     return trainer
 
-# %% ../nbs/10_cli.ipynb #21b1862b
-DEMO = dict(output_dir="outputs-demo", overwrite_output_dir="True", do_train="True", do_eval="True", max_eval_samples="32", eval_do_sample="True", max_steps="60",
-            batch_size="32", mini_batch_size="16", max_source_length="96", max_target_length="24", learning_rate="0.01", torch_dtype="float32", save_steps="0")
+# %% ../nbs/10_cli.ipynb #859a6710
+DEMO = dict(output_dir="outputs-demo", overwrite_output_dir="True", do_train="True", do_eval="True", max_eval_samples="32",
+            eval_do_sample="True", max_steps="60", batch_size="32", mini_batch_size="16", max_source_length="96",
+            max_target_length="24", learning_rate="0.01", torch_dtype="float32", save_steps="0")
 
 def answers_to(trainer: PPOTrainer, n: int = 5) -> tuple[Rollout, list[float]]: # With their scores
     "Answers to the first validation prompts, always with the same draws."
-    answers = trainer.rollout(list(trainer.eval_dataset.select(range(min(n, len(trainer.eval_dataset))))), torch.Generator().manual_seed(0))
+    rows = list(trainer.eval_dataset.select(range(min(n, len(trainer.eval_dataset)))))
+    answers = trainer.rollout(rows, torch.Generator().manual_seed(0))
     return answers, trainer.score(answers).total.tolist()
 
 def demo(argv: list[str]) -> PPOTrainer:
@@ -127,11 +135,12 @@ def demo(argv: list[str]) -> PPOTrainer:
     before, old = answers_to(trainer)
     trainer.train()
     after, new = answers_to(trainer)
-    table = samples_table("Answers to unseen prompts", dict(question=[r["question"] for r in before.rows], before=before.completions, score=old,
-                                                            after=after.completions, **{"score ": new}))
-    Console().print(table)
+    columns = {"question": [r["question"] for r in before.rows], "before": before.completions, "score": old,
+               "after": after.completions, "score ": new}
+    Console().print(samples_table("Answers to unseen prompts", columns))
     scores = [e["eval/scores"] for e in trainer.state.log_history if "eval/scores" in e]
-    print(f"Score on {len(trainer.eval_dataset)} unseen prompts: {scores[0]:.2f} before, {scores[-1]:.2f} after {trainer.state.global_step} updates; KL {trainer.last('eval/kl'):.1f}")
+    print(f"Score on {len(trainer.eval_dataset)} unseen prompts: {scores[0]:.2f} before, {scores[-1]:.2f} after "
+          f"{trainer.state.global_step} updates; KL {trainer.last('eval/kl'):.1f}")
     print(f"Curves: tensorboard --logdir {out}/trl")
     return trainer
 
@@ -139,17 +148,19 @@ def as_flags(settings: dict) -> list[str]: # --name value --name value ...
     "Settings as they would stand on the command line."
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
-# %% ../nbs/10_cli.ipynb #e213f736
+# %% ../nbs/10_cli.ipynb #2337b9fd
 def merge(argv: list[str]):
     "Write the base model with the adapter merged into its weights."
     args, = Parser(MergeArguments, prog="rlhf-nb merge", allow_abbrev=False, description="Merge an adapter into its base model.").read(argv)
     check_output_dir(args.output_dir, args.overwrite_output_dir, False)
     check_model("base_model_name_or_path", args.base_model_name_or_path)
-    if not (Path(args.peft_model_path)/"adapter_config.json").exists(): raise ValueError(f"peft_model_path={args.peft_model_path} has no adapter_config.json")
-    merge_adapter(args.base_model_name_or_path, args.peft_model_path, args.output_dir, args.torch_dtype, args.cache_dir, args.trust_remote_code)
+    if not (Path(args.peft_model_path)/"adapter_config.json").exists():
+        raise ValueError(f"peft_model_path={args.peft_model_path} has no adapter_config.json")
+    merge_adapter(args.base_model_name_or_path, args.peft_model_path, args.output_dir, args.torch_dtype, args.cache_dir,
+                  args.trust_remote_code)
     logger.info("Saved to %s", args.output_dir)
 
-# %% ../nbs/10_cli.ipynb #ed5bdf11
+# %% ../nbs/10_cli.ipynb #39efe409
 COMMANDS = dict(train=train, demo=demo, merge=merge)
 
 def quiet_libraries():
@@ -164,8 +175,10 @@ def quiet_libraries():
 def main(argv: list[str] | None = None): # Default: the program's own
     "The program `rlhf-nb`."
     argv = sys.argv[1:] if argv is None else argv
-    top = argparse.ArgumentParser(prog="rlhf-nb", description="PPO for language models.", formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
-                                  epilog="commands:\n" + "\n".join(f"  {name:7} {f.__doc__}" for name, f in COMMANDS.items()) + "\n\nrlhf-nb COMMAND --help lists its settings.")
+    listed = "\n".join(f"  {name:7} {f.__doc__}" for name, f in COMMANDS.items())
+    top = argparse.ArgumentParser(prog="rlhf-nb", description="PPO for language models.", add_help=False,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter,
+                                  epilog=f"commands:\n{listed}\n\nrlhf-nb COMMAND --help lists its settings.")
     top.add_argument("command", choices=COMMANDS, nargs="?")
     top.add_argument("-h", "--help", action="help")
     top.add_argument("--version", action="version", version=f"rlhf-nb {__version__}")

@@ -78,7 +78,7 @@ class RewardSettings:
     reward_batch_size: Count = setting(16, "Question-answer pairs that a reward model reads at once")
     reward_baseline: Finite = setting(0.0, "Subtracted from every score")
 
-# %% ../nbs/00_config.ipynb #ba0533a1
+# %% ../nbs/00_config.ipynb #beb5e23f
 @dataclass
 class KLSettings:
     "How far the policy may go from the reference."
@@ -86,7 +86,8 @@ class KLSettings:
     adap_kl_ctrl: bool = setting(True, "Steer the coefficient towards adap_kl_target; else it stays fixed")
     adap_kl_target: Positive = setting(6.0, "KL to steer for, in nats per answer")
     adap_kl_horizon: Positive = setting(10000, "Answers over which the coefficient adapts")
-    kl_estimator: Literal["k1", "abs", "k2", "k3"] = setting("k1", "KL of a token: k1 = log-ratio, abs, k2 = half its square, k3 = unbiased and never negative")
+    kl_estimator: Literal["k1", "abs", "k2", "k3"] = setting(
+        "k1", "KL of a token: k1 = log-ratio, abs, k2 = half its square, k3 = unbiased and never negative")
     early_stopping: bool = setting(False, "End an update when the policy has moved too far within it")
     target_kl: Positive = setting(0.1, "Early stopping: an update ends at 1.5 times this, in nats per token")
 
@@ -112,7 +113,7 @@ class PPOSettings:
     adam_epsilon: Positive = setting(1e-8, "AdamW: epsilon")
     max_grad_norm: Positive | None = setting(1.0, "Clip the gradient's norm at every optimiser step; None: do not")
 
-# %% ../nbs/00_config.ipynb #bd62464c
+# %% ../nbs/00_config.ipynb #c5215098
 @dataclass
 class RunSettings:
     "Steps, files and logs."
@@ -129,10 +130,11 @@ class RunSettings:
     logging_steps: Count = setting(1, "Updates between log entries")
     log_with: Literal["tensorboard", "wandb", "trackio", "none"] = setting("tensorboard", "Where metrics go")
     disable_tqdm: bool = setting(False, "No progress bar")
-    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "Type of the matrix products, and of weights that are not trained")
+    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Type of the matrix products, and of weights that are not trained")
     seed: Whole = setting(0, "Order of prompts, sampling, initial weights")
 
-# %% ../nbs/00_config.ipynb #3877716e
+# %% ../nbs/00_config.ipynb #c2686f01
 @dataclass
 class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSettings):
     "Every setting that the trainer reads."
@@ -141,7 +143,8 @@ class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSe
         rows = self.mini_batch_size * self.gradient_accumulation_steps
         for wrong, text in [
             (rows > self.batch_size, f"mini_batch_size x gradient_accumulation_steps = {rows} is more than batch_size={self.batch_size}"),
-            (self.min_target_length > self.max_target_length, f"min_target_length={self.min_target_length} is more than max_target_length={self.max_target_length}"),
+            (self.min_target_length > self.max_target_length,
+             f"min_target_length={self.min_target_length} is more than max_target_length={self.max_target_length}"),
             (self.eval_steps and not self.do_eval, f"eval_steps={self.eval_steps} needs do_eval"),
             (not 0 <= self.adam_beta2 < 1 or not 0 <= self.adam_beta1 < 1, "adam_beta1 and adam_beta2 must be below 1"),
         ]:

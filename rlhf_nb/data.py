@@ -106,7 +106,7 @@ def from_turns(turns: Any, where: str, role_key: str, text_key: str) -> list[dic
     need(messages[-1]["content"].strip() != "", where, "the last human turn is empty")
     return messages
 
-# %% ../nbs/01_data.ipynb #173d7ce5
+# %% ../nbs/01_data.ipynb #2b693043
 def normalise(row: Any,   # One row, of any schema
               where: str, # For the error
 ) -> str | list[dict]:    # A prompt to use as it stands, or messages
@@ -117,7 +117,8 @@ def normalise(row: Any,   # One row, of any schema
         return row["prompt"]
     if row.get("prompt") is not None: return from_turns(row["prompt"], where, "role", "content")
     if row.get("conversations") is not None: return from_turns(row["conversations"], where, "from", "value")
-    need(row.get("instruction") is not None, where, f"no prompt, instruction or conversations; it has {', '.join(map(str, row)) or 'nothing'}")
+    need(row.get("instruction") is not None, where,
+         f"no prompt, instruction or conversations; it has {', '.join(map(str, row)) or 'nothing'}")
     return from_alpaca(row, where)
 
 # %% ../nbs/01_data.ipynb #f0848d75
@@ -160,7 +161,7 @@ def longest_prefix(text: str,                   # Text to shorten
     if n < len(text) and re.match(r"[A-Za-z0-9]", text[n]): return re.sub(r"[A-Za-z0-9]+$", "", text[:n]).rstrip() or text[:n]
     return text[:n]
 
-# %% ../nbs/01_data.ipynb #c65ff217
+# %% ../nbs/01_data.ipynb #07dc5a3f
 def fit(messages: list[dict],                 # Ends with a user's message
         render: Callable[[list[dict]], str],  # Messages to prompt
         length: Callable[[str], int],         # Tokens of a prompt
@@ -175,7 +176,8 @@ def fit(messages: list[dict],                 # Ends with a user's message
     if fits(system + turns): return system + turns
     last = turns[-1]
     cut = lambda text: system + [dict(last, content=text)]
-    if not fits(cut("")): raise ValueError(f"max_source_length={max_length} is shorter than the template ({length(render(cut('')))} tokens)")
+    if not fits(cut("")):
+        raise ValueError(f"max_source_length={max_length} is shorter than the template ({length(render(cut('')))} tokens)")
     return cut(longest_prefix(last["content"], lambda text: fits(cut(text))))
 
 # %% ../nbs/01_data.ipynb #15de518d
@@ -259,7 +261,7 @@ def hub_rows(args: DataArguments, cache_dir: str | None) -> dict[str, Iterator[t
     if "train" not in data: raise ValueError(f"{args.dataset_name}: no train split; it has {', '.join(data)}")
     return {name: ((f"{args.dataset_name} {name}, row {i}", row) for i, row in enumerate(split, 1)) for name, split in data.items()}
 
-# %% ../nbs/01_data.ipynb #1c983056
+# %% ../nbs/01_data.ipynb #d5b80924
 def load_prompts(args: DataArguments,                                # What to read
                  tokenizer: PreTrainedTokenizerBase | None = None,   # The policy's; without it nothing is shortened
                  max_source_length: int | None = None,               # Longest prompt, in tokens
@@ -275,7 +277,8 @@ def load_prompts(args: DataArguments,                                # What to r
     data = DatasetDict({k: load(splits[k]) for k in ("train", "validation") if k in splits})
     n = round(len(data["train"]) * args.validation_split_percentage / 100)
     if "validation" not in data and n:
-        if n == len(data["train"]): raise ValueError(f"validation_split_percentage={args.validation_split_percentage} leaves nothing to train on")
+        if n == len(data["train"]):
+            raise ValueError(f"validation_split_percentage={args.validation_split_percentage} leaves nothing to train on")
         data["validation"] = data["train"].select(range(n))
         data["train"] = data["train"].select(range(n, len(data["train"])))
     both = len(set(data["train"]["prompt"]) & set(data["validation"]["prompt"])) if "validation" in data else 0

@@ -120,7 +120,7 @@ def positions(mask: Tensor, # 1 for real tokens, (B, N)
     "Positions that start at 0 at the first real token."
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
-# %% ../nbs/02_models.ipynb #f920c68e
+# %% ../nbs/02_models.ipynb #9c7aac2b
 class ActorCritic(nn.Module):
     "A decoder with a value head."
     def __init__(self, lm: PreTrainedModel | PeftModel): # Its trainable weights become float32
@@ -149,7 +149,8 @@ class ActorCritic(nn.Module):
         mask = torch.cat([query_mask, response_mask], 1).long()
         extra = dict(position_ids=positions(mask)) if self.position_ids else {}
         predicting = torch.arange(query_ids.shape[1] - 1, mask.shape[1] - 1, device=mask.device)
-        try: logits = self.lm(input_ids=torch.cat([query_ids, response_ids], 1), attention_mask=mask, use_cache=False, logits_to_keep=predicting, **extra).logits
+        try: logits = self.lm(input_ids=torch.cat([query_ids, response_ids], 1), attention_mask=mask, use_cache=False,
+                              logits_to_keep=predicting, **extra).logits
         finally: hook.remove()
         with torch.autocast(logits.device.type, enabled=False):
             values = self.value_head(hidden[0].to(self.value_head.weight)).squeeze(-1)
@@ -225,7 +226,7 @@ def resolve_dtype(name: str,            # "auto", "float32", "bfloat16" or "floa
     if not can: logger.warning("%s is not available on %s: using %s", name, device, str(best).removeprefix("torch."))
     return wanted if can else best
 
-# %% ../nbs/02_models.ipynb #791f6b24
+# %% ../nbs/02_models.ipynb #4385f59e
 def check_decoder(config, name: str): # A model's config, and what to call it
     "`ValueError` unless the model writes text from left to right."
     if config.is_encoder_decoder: raise ValueError(f"{name} is an encoder-decoder ({config.model_type}); the policy must be a decoder")
@@ -254,7 +255,8 @@ def load_lm(args: ModelArguments,
         raise ValueError(f"model_type={args.model_type}: {args.model_name_or_path} is a {config.model_type}")
     quant = quantization(args, dtype)
     where = {"": device} if args.device_map in ("auto", None) else args.device_map
-    lm = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, dtype=dtype, device_map=where, quantization_config=quant, **common)
+    lm = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, dtype=dtype, device_map=where,
+                                              quantization_config=quant, **common)
     return prepare_model_for_kbit_training(lm, use_gradient_checkpointing=False) if quant else lm
 
 # %% ../nbs/02_models.ipynb #cf0f443f
@@ -282,12 +284,13 @@ def load_policy(args: ModelArguments,
     load_value_head(policy, args.peft_path or args.model_name_or_path)
     return policy
 
-# %% ../nbs/02_models.ipynb #126e8c81
+# %% ../nbs/02_models.ipynb #2e73163e
 def load_tokenizer(name: str,             # Hub name or folder
                    args: ModelArguments,
 ) -> PreTrainedTokenizerBase:
     "A tokenizer that can end an answer and pad a batch."
-    tok = AutoTokenizer.from_pretrained(name, cache_dir=args.cache_dir, use_fast=args.use_fast_tokenizer, trust_remote_code=args.trust_remote_code)
+    tok = AutoTokenizer.from_pretrained(name, cache_dir=args.cache_dir, use_fast=args.use_fast_tokenizer,
+                                        trust_remote_code=args.trust_remote_code)
     return prepare_tokenizer(tok, name)
 
 def prepare_tokenizer(tok: PreTrainedTokenizerBase, name: str = "The tokenizer") -> PreTrainedTokenizerBase:

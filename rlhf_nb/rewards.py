@@ -117,7 +117,7 @@ def check_scores(scores: Any,    # What a function returned
         if not ok: raise ValueError(f"Reward {name} gave {show(score)} instead of a finite number for the prompt {show(prompt)}")
     return [math.nan if s is None else float(s) for s in scores]
 
-# %% ../nbs/03_rewards.ipynb #fe448772
+# %% ../nbs/03_rewards.ipynb #84f8f57c
 def call_reward(func: Callable,
                 name: str,
                 prompts: list,
@@ -130,8 +130,10 @@ def call_reward(func: Callable,
         if isinstance(e, ValueError) and str(e).startswith(f"Reward {name} gave"): raise
         for i, prompt in enumerate(prompts):
             try: func(prompts=[prompt], completions=[completions[i]], **{k: [v[i]] for k, v in columns.items()}, **extra)
-            except Exception as e1: raise ValueError(f"Reward {name} failed on the prompt {show(prompt)}: {type(e1).__name__}: {e1}") from e1
-        raise ValueError(f"Reward {name} failed on {len(prompts)} prompts, the first of them {show(prompts[0])}: {type(e).__name__}: {e}") from e
+            except Exception as e1:
+                raise ValueError(f"Reward {name} failed on the prompt {show(prompt)}: {type(e1).__name__}: {e1}") from e1
+        first = f"{len(prompts)} prompts, the first of them {show(prompts[0])}"
+        raise ValueError(f"Reward {name} failed on {first}: {type(e).__name__}: {e}") from e
 
 # %% ../nbs/03_rewards.ipynb #ecb9dd09
 class Scores(NamedTuple):

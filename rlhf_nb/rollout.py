@@ -27,7 +27,7 @@ def sample_tokens(logits: Tensor,   # (B, V), float32
     x = torch.minimum(uniform.to(cdf) * cdf[:, -1], torch.nextafter(cdf[:, -1], torch.zeros_like(cdf[:, -1])))
     return torch.searchsorted(cdf, x[:, None], right=True)[:, 0]
 
-# %% ../nbs/04_rollout.ipynb #ab76a2dc
+# %% ../nbs/04_rollout.ipynb #fd1f6df3
 @torch.no_grad()
 def generate(policy: Policy,
              query_ids: Tensor,         # Prompts, padded on the left, (B, P)
@@ -42,7 +42,8 @@ def generate(policy: Policy,
     eos = torch.tensor(sampling.eos_token_ids, device=query_ids.device)
     answers = query_ids.new_full((len(query_ids), max_length), pad_id)
     lengths = query_ids.new_zeros(len(query_ids))
-    rows, ids, mask, cache = torch.arange(len(query_ids), device=query_ids.device), query_ids, query_mask.long(), DynamicCache(config=lm.config)
+    rows, cache = torch.arange(len(query_ids), device=query_ids.device), DynamicCache(config=lm.config)
+    ids, mask = query_ids, query_mask.long()
     for t in range(max_length):
         extra = dict(position_ids=positions(mask)[:, -ids.shape[1]:]) if policy.position_ids else {}
         logits = lm(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra).logits

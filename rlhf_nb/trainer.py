@@ -103,12 +103,13 @@ def as_reward(reward: str | PreTrainedModel | Callable,
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(reward.config._name_or_path)
     return RewardModel(reward.to(device), tokenizer, args.reward_label, args.reward_batch_size)
 
-# %% ../nbs/06_trainer.ipynb #883d7696
+# %% ../nbs/06_trainer.ipynb #99244985
 def make_accelerator(args: PPOConfig, dtype: torch.dtype) -> Accelerator: # Type of the matrix products
     "One per run; an earlier run in the same process may have used another precision."
     AcceleratorState._reset_state()
     precision = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
-    accelerator = Accelerator(mixed_precision=precision, log_with=None if args.log_with == "none" else args.log_with, project_dir=args.output_dir)
+    trackers = None if args.log_with == "none" else args.log_with
+    accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=args.output_dir)
     if accelerator.num_processes > 1: raise ValueError("Several processes are not supported yet: start one process")
     return accelerator
 
@@ -125,11 +126,11 @@ def make_rewards(reward_funcs: str | PreTrainedModel | Callable | list,         
     if len(tokenizers) != len(funcs): raise ValueError(f"reward_processing_classes has {len(tokenizers)} entries for {len(funcs)} rewards")
     return Rewards([as_reward(f, t, args, dtype, device) for f, t in zip(funcs, tokenizers)], args.reward_weights, args.reward_baseline)
 
-# %% ../nbs/06_trainer.ipynb #43e7f3e8
+# %% ../nbs/06_trainer.ipynb #7b37444f
 def make_optimizer(policy: Policy, args: PPOConfig): # AdamW and its schedule
     "AdamW over what is trained; the schedule counts PPO updates."
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-                                  eps=args.adam_epsilon, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate,
+                                  betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, weight_decay=args.weight_decay)
     warmup = int(args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * args.max_steps)
     return optimizer, get_scheduler(args.lr_scheduler_type, optimizer, warmup, args.max_steps)
 
@@ -137,28 +138,30 @@ def make_leash(args: PPOConfig) -> AdaptiveKL | FixedKL:
     "The KL coefficient."
     return AdaptiveKL(args.init_kl_coef, args.adap_kl_target, args.adap_kl_horizon) if args.adap_kl_ctrl else FixedKL(args.init_kl_coef)
 
-# %% ../nbs/06_trainer.ipynb #04a4348a
+# %% ../nbs/06_trainer.ipynb #7f962216
 def check_data(args: PPOConfig, **datasets: Dataset | None):
     "`ValueError` if prompts are missing."
     if args.do_eval and datasets["eval_dataset"] is None: raise ValueError("do_eval needs validation prompts (eval_dataset)")
     for name, data in datasets.items():
-        if data is not None and "prompt" not in data.column_names: raise ValueError(f"{name} has no prompt column; it has {', '.join(data.column_names)}")
+        if data is not None and "prompt" not in data.column_names:
+            raise ValueError(f"{name} has no prompt column; it has {', '.join(data.column_names)}")
 
 def check_lengths(policy: Policy, args: PPOConfig):
     "`ValueError` if the policy cannot see prompt and answer together."
     limit, wanted = getattr(policy.lm.config, "max_position_embeddings", None), args.max_source_length + args.max_target_length
     if limit and wanted > limit: raise ValueError(f"max_source_length + max_target_length = {wanted}, but the model reads {limit} tokens")
 
-# %% ../nbs/06_trainer.ipynb #c419d384
+# %% ../nbs/06_trainer.ipynb #651a0750
 class Schedule(DefaultFlowCallback):
     "When to log, evaluate, save and stop."
     def on_step_end(self, args, state, control, **kwargs):
         due = lambda every: bool(every) and state.global_step % every == 0
-        control.should_log, control.should_evaluate, control.should_save = due(args.logging_steps), due(args.eval_steps), due(args.save_steps)
+        control.should_log, control.should_evaluate = due(args.logging_steps), due(args.eval_steps)
+        control.should_save = due(args.save_steps)
         control.should_training_stop |= state.global_step >= state.max_steps
         return control
 
-# %% ../nbs/06_trainer.ipynb #020f65a6
+# %% ../nbs/06_trainer.ipynb #3f24ae4a
 class Parts:
     "Models, rewards, optimiser and leash of a run."
     def __init__(self,
@@ -189,24 +192,26 @@ class Parts:
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
         self.trained = [p for p in policy.parameters() if p.requires_grad]
         self.kl_ctl = make_leash(args)
-        self.state = TrainerState(max_steps=args.max_steps, logging_steps=args.logging_steps, save_steps=args.save_steps, eval_steps=args.eval_steps)
+        self.state = TrainerState(max_steps=args.max_steps, logging_steps=args.logging_steps, save_steps=args.save_steps,
+                                  eval_steps=args.eval_steps)
         self.control = TrainerControl()
-        self.handler = CallbackHandler([Schedule, *([] if args.disable_tqdm else [ProgressBar]), *(callbacks or [])], self.policy, self.processing_class,
-                                       self.optimizer, self.lr_scheduler)
+        first = [Schedule] if args.disable_tqdm else [Schedule, ProgressBar]
+        self.handler = CallbackHandler([*first, *(callbacks or [])], self.policy, self.processing_class, self.optimizer, self.lr_scheduler)
 
 # %% ../nbs/06_trainer.ipynb #52c753ab
 def means(stats: list[dict[str, float]]) -> dict[str, float]: # Of entries with the same names
     "The mean of each metric."
     return {k: float(np.mean([s[k] for s in stats])) for k in stats[0]}
 
-# %% ../nbs/06_trainer.ipynb #838dec49
+# %% ../nbs/06_trainer.ipynb #653bcaca
 class Update(Parts):
     "From experience to new weights."
     def update(self, exp: Experience) -> dict[str, float]: # Means over optimiser steps
         "Several epochs over the batch, each in a fresh order; early stopping ends them before the step that goes too far."
         args, done = self.args, []
         size = args.mini_batch_size * args.gradient_accumulation_steps
-        groups = (rows for _ in range(args.num_ppo_epochs) for rows in torch.randperm(len(exp.values), generator=self.generator).split(size))
+        order = lambda: torch.randperm(len(exp.values), generator=self.generator)
+        groups = (rows for _ in range(args.num_ppo_epochs) for rows in order().split(size))
         for rows in groups:
             stats = self.accumulate(exp, rows) | {"policy/grad_norm": 0.}
             if args.early_stopping and stats["policy/approxkl_avg"] > 1.5 * args.target_kl:
@@ -244,7 +249,7 @@ def deal(n: int,      # Prompts
     epochs = {e: order(e) for e in {p // n for p in places}}
     return [int(epochs[p // n][p % n]) for p in places]
 
-# %% ../nbs/06_trainer.ipynb #3715e755
+# %% ../nbs/06_trainer.ipynb #af4e847d
 class Verbs(Update):
     "A PPO step, by hand."
     def batches(self) -> Iterator[list[dict]]: # Rows of the data set
@@ -260,9 +265,10 @@ class Verbs(Update):
                 greedy: bool = False,                     # The likeliest token, no draws
     ) -> Rollout:
         "Answer the prompts."
-        rows = [dict(prompt=p) if isinstance(p, str) else p for p in prompts]
-        return rollout(self.policy, self.processing_class, rows, self.sampling, self.args.max_source_length, self.args.max_target_length,
-                       self.args.rollout_batch_size or self.args.batch_size, None if greedy else generator or self.generator, self.accelerator.autocast)
+        args, rows = self.args, [dict(prompt=p) if isinstance(p, str) else p for p in prompts]
+        return rollout(self.policy, self.processing_class, rows, self.sampling, args.max_source_length, args.max_target_length,
+                       args.rollout_batch_size or args.batch_size, None if greedy else generator or self.generator,
+                       self.accelerator.autocast)
 
     def score(self, rollout: Rollout) -> Scores:
         "Reward the answers. Functions see the prompts, the answers, and the data set's other columns."
@@ -287,7 +293,7 @@ class Verbs(Update):
         if self.train_dataset is not None: self.state.epoch = self.state.global_step * self.args.batch_size / len(self.train_dataset)
         return stats | dict(episode=self.state.global_step * self.args.batch_size)
 
-# %% ../nbs/06_trainer.ipynb #653c2e4d
+# %% ../nbs/06_trainer.ipynb #0a7e3a28
 @torch.no_grad()
 def rollout_stats(rollout: Rollout,
                   scores: Scores,
@@ -299,8 +305,9 @@ def rollout_stats(rollout: Rollout,
     entropy = torch.where(mask > 0, rollout.entropy, 0.).sum(1).mean().item()
     score = scores.total.mean().item()
     each = {f"rewards/{k}": v.nanmean().item() for k, v in scores.by_name.items()} if len(scores.by_name) > 1 else {}
-    return {"objective/kl": kl, "objective/entropy": entropy, "objective/scores": score, "objective/scores_std": scores.total.std(correction=0).item(),
-            "objective/non_score_reward": -kl_coef * kl, "objective/rlhf_reward": score - kl_coef * kl, "objective/kl_coef": kl_coef, **each,
+    return {"objective/kl": kl, "objective/entropy": entropy, "objective/scores": score,
+            "objective/scores_std": scores.total.std(correction=0).item(), "objective/non_score_reward": -kl_coef * kl,
+            "objective/rlhf_reward": score - kl_coef * kl, "objective/kl_coef": kl_coef, **each,
             "policy/entropy_avg": masked_mean(rollout.entropy, mask).item(), "val/num_eos_tokens": rollout.ended.sum().item(),
             "tokens/responses": mask.sum(1).float().mean().item()}
 
@@ -311,10 +318,10 @@ def update_stats(logprobs: Tensor,  # Of the policy as it is, (n, T)
     "What one pass of the update says of it."
     mask = mb.response_mask
     ratio = torch.where(mask > 0, logprobs - mb.logprobs, 0.).exp()
-    return {"policy/approxkl_avg": approx_kl(logprobs, mb.logprobs, mask), "policy/clipfrac_avg": clipped, "loss/policy_avg": pl, "loss/value_avg": vl,
-            "val/clipfrac_avg": vclipped, "val/ratio": masked_mean(ratio, mask), "val/ratio_var": masked_var(ratio, mask, unbiased=False)}
+    return {"policy/approxkl_avg": approx_kl(logprobs, mb.logprobs, mask), "policy/clipfrac_avg": clipped,
+            "loss/policy_avg": pl, "loss/value_avg": vl, "val/clipfrac_avg": vclipped, "val/ratio": masked_mean(ratio, mask), "val/ratio_var": masked_var(ratio, mask, unbiased=False)}
 
-# %% ../nbs/06_trainer.ipynb #e2c75f38
+# %% ../nbs/06_trainer.ipynb #8124a446
 class Files(Verbs):
     "Models and checkpoints on disk."
     def save_model(self, output_dir: str | Path | None = None): # Default: args.output_dir
@@ -326,8 +333,8 @@ class Files(Verbs):
     def save_checkpoint(self):
         "All that the run needs to go on, under `checkpoint-STEP`."
         scaler = self.accelerator.scaler
-        state = dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict(), scaler=scaler.state_dict() if scaler else None,
-                     kl_coef=self.kl_ctl.value, random=random_states(self.generator))
+        state = dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict(),
+                     scaler=scaler.state_dict() if scaler else None, kl_coef=self.kl_ctl.value, random=random_states(self.generator))
         def write(folder: Path):
             self.save_model(folder)
             self.state.save_to_json(str(folder/"trainer_state.json"))
@@ -351,7 +358,7 @@ class Files(Verbs):
         "Remove the checkpoints and logs of an earlier run, which `check_output_dir` has let go."
         for old in [*checkpoints(self.args.output_dir), Path(self.args.output_dir)/"trl"]: shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/06_trainer.ipynb #1f1bf1ec
+# %% ../nbs/06_trainer.ipynb #6f7182ed
 class Watched(Files):
     "Timed, logged, evaluated."
     def timed_step(self, rows: list[dict]) -> dict[str, float]: # Metrics
@@ -362,7 +369,8 @@ class Watched(Files):
         scores = lap(self.score(answers))
         stats = lap(self.step(answers, scores))
         seconds = np.diff(clock).tolist()
-        return stats | dict(zip(("time/rollout", "time/score", "time/step"), seconds)) | {"tokens/second": answers.response_mask.sum().item() / sum(seconds)}
+        speed = answers.response_mask.sum().item() / sum(seconds)
+        return stats | dict(zip(("time/rollout", "time/score", "time/step"), seconds)) | {"tokens/second": speed}
 
     def evaluate(self) -> dict[str, float]: # Metrics with the prefix eval/
         "Score the validation prompts; sampled answers use the same draws each time."
@@ -370,7 +378,8 @@ class Watched(Files):
         answers = self.rollout(list(self.eval_dataset), draws, greedy=not self.args.eval_do_sample)
         stats = rollout_stats(answers, self.score(answers), self.kl_ctl.value)
         names = {"objective/scores": "scores", "objective/kl": "kl", "objective/entropy": "entropy", "tokens/responses": "responses"}
-        stats = {f"eval/{names.get(k, k)}": v for k, v in stats.items() if k in names or k.startswith("rewards/")} | {"eval/ended": answers.ended.float().mean().item()}
+        stats = {f"eval/{names.get(k, k)}": v for k, v in stats.items() if k in names or k.startswith("rewards/")}
+        stats["eval/ended"] = answers.ended.float().mean().item()
         self.control = self.handler.on_evaluate(self.args, self.state, self.control, stats)
         return stats
 
