@@ -134,11 +134,12 @@ class RunSettings:
         "auto", "Type of the matrix products, and of weights that are not trained")
     seed: Whole = setting(0, "Order of prompts, sampling, initial weights")
 
-# %% ../nbs/00_config.ipynb #c2686f01
+# %% ../nbs/00_config.ipynb #a6869fbd
 @dataclass
 class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSettings):
     "Every setting that the trainer reads."
     def __post_init__(self):
+        if isinstance(self.resume_from_checkpoint, bool): self.resume_from_checkpoint = "True" if self.resume_from_checkpoint else None
         validate(self)
         rows = self.mini_batch_size * self.gradient_accumulation_steps
         for wrong, text in [
@@ -150,7 +151,7 @@ class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSe
         ]:
             if wrong: raise ValueError(text)
 
-# %% ../nbs/00_config.ipynb #6dfedb13
+# %% ../nbs/00_config.ipynb #0021c4b7
 @dataclass
 class ModelArguments:
     "Which models, and how they are loaded."
@@ -161,7 +162,7 @@ class ModelArguments:
     cache_dir: str | None = setting(None, "Where downloads are kept")
     use_fast_tokenizer: bool = setting(True, "Tokenizers in Rust where there are two")
     trust_remote_code: bool = setting(False, "Run code that comes with a model: only for models that you have read")
-    device_map: str | None = setting("auto", "auto: the process's own device; else as in from_pretrained")
+    device_map: Literal["auto", "none"] = setting("auto", "auto: load straight onto the process's device; none: load on the CPU, then move")
     load_in_8bit: bool = setting(False, "Base weights in 8 bit (needs bitsandbytes and use_peft)")
     load_in_4bit: bool = setting(False, "Base weights in 4 bit (needs bitsandbytes and use_peft)")
     use_peft: bool = setting(True, "Train a LoRA adapter; False trains all weights")
@@ -179,7 +180,7 @@ class ModelArguments:
             raise ValueError("load_in_8bit and load_in_4bit need use_peft: quantised weights cannot be trained")
         if self.peft_path and not self.use_peft: raise ValueError(f"peft_path={self.peft_path} needs use_peft")
 
-# %% ../nbs/00_config.ipynb #e7693012
+# %% ../nbs/00_config.ipynb #14c39333
 @dataclass
 class DataArguments:
     "Which prompts, and how they are read."
@@ -192,8 +193,8 @@ class DataArguments:
     max_eval_samples: Count | None = setting(None, "Validation prompts to keep")
     prompt_template: Literal["alpaca", "chat"] = setting("alpaca", "alpaca: the original's wording; chat: the tokenizer's chat template")
     on_bad_row: Literal["error", "skip"] = setting("error", "A row that cannot be read ends the run, or is skipped and counted")
-    preprocessing_num_workers: Count | None = setting(None, "Processes that prepare the prompts")
-    overwrite_cache: bool = setting(False, "Fetch and prepare again what datasets has cached")
+    preprocessing_num_workers: Count | None = setting(None, "Processes that fetch and read a hub data set")
+    overwrite_cache: bool = setting(False, "Fetch a hub data set again")
 
     def __post_init__(self):
         validate(self)

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['logger', 'SUFFIXES', 'ROLES', 'HEADER', 'find_files', 'BadRow', 'parse_json', 'read_text', 'read_rows', 'need',
-           'from_alpaca', 'from_turns', 'normalise', 'alpaca_prompt', 'chat_prompt', 'encode_prompt', 'longest_prefix',
-           'fit', 'prepare', 'good_rows', 'unique', 'to_dataset', 'load_split', 'file_rows', 'hub_rows', 'load_prompts']
+           'writable', 'from_alpaca', 'from_turns', 'normalise', 'alpaca_prompt', 'chat_prompt', 'encode_prompt',
+           'longest_prefix', 'fit', 'fit_text', 'prepare', 'good_rows', 'unique', 'to_dataset', 'load_split',
+           'file_rows', 'hub_rows', 'load_prompts']
 
-# %% ../nbs/01_data.ipynb #44a90927
+# %% ../nbs/01_data.ipynb #06ff8ca4
 import csv
+import io
 import json
 import logging
 import re
@@ -19,6 +21,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .config import DataArguments
@@ -39,14 +42,15 @@ def find_files(path: str | Path, # A file, or a folder that is searched with its
     if not files: raise ValueError(f"{path}: no prompt files ({' '.join(SUFFIXES)})")
     return files
 
-# %% ../nbs/01_data.ipynb #704df80f
+# %% ../nbs/01_data.ipynb #afc1ebc6
 class BadRow(ValueError):
     "A row that cannot become a prompt; the message says where it is and what is missing."
 
 def parse_json(text: str, where: str) -> Any:
     "`json.loads`, with `BadRow` for an error."
     try: return json.loads(text)
-    except json.JSONDecodeError as e: raise BadRow(f"{where}: not JSON ({e.msg}, column {e.colno})") from None
+    except json.JSONDecodeError as e:
+        raise BadRow(f"{where}: not JSON ({e.msg}, {f'line {e.lineno}, ' if e.lineno > 1 else ''}column {e.colno})") from None
 
 def read_text(path: Path) -> str:
     "The file's text; it must be UTF-8 and not empty."
@@ -55,7 +59,7 @@ def read_text(path: Path) -> str:
     if not text.strip(): raise ValueError(f"{path}: empty file")
     return text
 
-# %% ../nbs/01_data.ipynb #bfb911ef
+# %% ../nbs/01_data.ipynb #4c391d46
 def read_rows(path: Path, # A file with one of `SUFFIXES`
 ) -> Iterator[tuple[str, Any]]: # "file:line" or "file, row n", and the row or the `BadRow` it raised
     "The rows of one file."
@@ -66,7 +70,12 @@ def read_rows(path: Path, # A file with one of `SUFFIXES`
         return
     text = read_text(path)
     if path.suffix == ".csv":
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), 1))
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        try:
+            for row in reader:
+                where = f"{path}:{reader.line_num}"
+                yield where, BadRow(f"{where}: more fields than the header has") if None in row else row
+        except csv.Error as e: raise ValueError(f"{path}:{reader.line_num}: not CSV ({e})") from None
     elif path.suffix == ".json" and text.lstrip()[0] == "[":
         try: rows = parse_json(text, str(path))
         except BadRow as e: raise ValueError(str(e)) from None
@@ -80,12 +89,18 @@ def read_rows(path: Path, # A file with one of `SUFFIXES`
                 try: yield where, parse_json(line, where)
                 except BadRow as e: yield where, e
 
-# %% ../nbs/01_data.ipynb #7a33b8b4
+# %% ../nbs/01_data.ipynb #5b435936
 ROLES = dict(human="user", user="user", gpt="assistant", assistant="assistant", chatgpt="assistant", system="system")
 
 def need(ok: bool, where: str, text: str): # `BadRow` unless `ok`
     "The one place that words a bad row."
     if not ok: raise BadRow(f"{where}: {text}")
+
+def writable(text: str) -> bool:
+    "Half of a surrogate pair is no text."
+    try: text.encode()
+    except UnicodeEncodeError: return False
+    return True
 
 def from_alpaca(row: dict, where: str) -> list[dict]: # Messages
     "`instruction`, and `input` on the next line."
@@ -101,17 +116,22 @@ def from_turns(turns: Any, where: str, role_key: str, text_key: str) -> list[dic
         need(t.get(role_key) in ROLES, where, f"turn {i + 1}: {role_key}={t.get(role_key)!r} is none of {', '.join(ROLES)}")
         need(isinstance(t.get(text_key), str), where, f"turn {i + 1}: no {text_key}")
     messages = [dict(role=ROLES[t[role_key]], content=t[text_key]) for t in turns]
+    need(all(m["role"] != "system" for m in messages[1:]), where, "a system turn must come first")
+    system = [m for m in messages if m["role"] == "system"]
+    messages = messages[len(system):]
     while messages and messages[-1]["role"] != "user": messages.pop()
+    while messages and messages[0]["role"] != "user": messages.pop(0)
     need(bool(messages), where, "no human turn")
     need(messages[-1]["content"].strip() != "", where, "the last human turn is empty")
-    return messages
+    return system + messages
 
-# %% ../nbs/01_data.ipynb #2b693043
+# %% ../nbs/01_data.ipynb #492ba003
 def normalise(row: Any,   # One row, of any schema
               where: str, # For the error
 ) -> str | list[dict]:    # A prompt to use as it stands, or messages
     "The row's prompt; `BadRow` if it has none."
     need(isinstance(row, dict), where, "not an object with named fields")
+    need(writable(json.dumps(row, ensure_ascii=False, default=str)), where, "text with half a surrogate pair")
     if isinstance(row.get("prompt"), str):
         need(row["prompt"].strip() != "", where, "prompt is empty")
         return row["prompt"]
@@ -134,23 +154,28 @@ def alpaca_prompt(messages: list[dict], # Ends with a user's message
         else: text += m["content"]
     return text
 
-# %% ../nbs/01_data.ipynb #d6614367
+# %% ../nbs/01_data.ipynb #c3095259
 def chat_prompt(messages: list[dict],               # Ends with a user's message
                 tokenizer: PreTrainedTokenizerBase, # With a chat template
 ) -> str:
     "The messages in the tokenizer's chat template, up to where the answer begins."
+    if tokenizer is None: raise ValueError("Prompts that are messages need the policy's tokenizer")
     if not tokenizer.chat_template:
         raise ValueError("This tokenizer has no chat template: use --prompt_template alpaca, or prompts that are plain text")
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 def encode_prompt(prompt: str | list[dict],           # Text, or messages for the chat template
                   tokenizer: PreTrainedTokenizerBase, # The policy's
+                  max_length: int | None = None,      # Longest prompt; the start of a longer one is cut, but for its BOS
 ) -> list[int]:
     "Token ids: one BOS where the tokenizer writes one, never an EOS."
     text = prompt if isinstance(prompt, str) else chat_prompt(prompt, tokenizer)
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     ids = tokenizer(text, add_special_tokens=not has_bos, verbose=False).input_ids
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token) else ids
+    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token): ids = ids[:-1]
+    if max_length is None or len(ids) <= max_length: return ids
+    bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    return (bos + ids[len(ids) - max_length + len(bos):])[:max_length]
 
 # %% ../nbs/01_data.ipynb #464f4855
 def longest_prefix(text: str,                   # Text to shorten
@@ -161,13 +186,13 @@ def longest_prefix(text: str,                   # Text to shorten
     if n < len(text) and re.match(r"[A-Za-z0-9]", text[n]): return re.sub(r"[A-Za-z0-9]+$", "", text[:n]).rstrip() or text[:n]
     return text[:n]
 
-# %% ../nbs/01_data.ipynb #07dc5a3f
+# %% ../nbs/01_data.ipynb #301696fd
 def fit(messages: list[dict],                 # Ends with a user's message
         render: Callable[[list[dict]], str],  # Messages to prompt
         length: Callable[[str], int],         # Tokens of a prompt
         max_length: int,                      # Longest prompt, in tokens
 ) -> list[dict]:                              # Messages whose prompt fits
-    "Drop the oldest turns, then the end of the last message, until the prompt fits."
+    "Drop the oldest turns, then a system message that leaves no room, then the end of the last message, until the prompt fits."
     fits = lambda m: length(render(m)) <= max_length
     system, turns = [m for m in messages if m["role"] == "system"], [m for m in messages if m["role"] != "system"]
     while len(turns) > 1 and not fits(system + turns):
@@ -175,12 +200,22 @@ def fit(messages: list[dict],                 # Ends with a user's message
         while turns[0]["role"] != "user": turns = turns[1:]
     if fits(system + turns): return system + turns
     last = turns[-1]
+    if not fits(system + [dict(last, content="")]): system = []
     cut = lambda text: system + [dict(last, content=text)]
     if not fits(cut("")):
         raise ValueError(f"max_source_length={max_length} is shorter than the template ({length(render(cut('')))} tokens)")
     return cut(longest_prefix(last["content"], lambda text: fits(cut(text))))
 
-# %% ../nbs/01_data.ipynb #15de518d
+# %% ../nbs/01_data.ipynb #3eb06d52
+def fit_text(text: str,                   # A prompt to use as it stands
+             length: Callable[[str], int], # Tokens of a prompt
+             max_length: int,             # Longest prompt, in tokens
+) -> str:
+    "The longest end of `text` that fits."
+    if length(text) <= max_length: return text
+    return longest_prefix(text[::-1], lambda end: length(end[::-1]) <= max_length)[::-1]
+
+# %% ../nbs/01_data.ipynb #3093e36e
 def prepare(row: dict,                                  # A row with `_where`, its place
             render: Callable[[list[dict]], str],        # Messages to prompt
             length: Callable[[str], int] | None = None, # Tokens of a prompt
@@ -188,13 +223,14 @@ def prepare(row: dict,                                  # A row with `_where`, i
 ) -> dict:                                              # `prompt`, `question`, the other columns, and `_cut`
     "One row, ready for the policy."
     row = dict(row)
-    source = normalise(row, row.pop("_where"))
-    turns = row.get("conversations")
-    if turns and ROLES[turns[-1]["from"]] == "assistant": row["output"] = turns[-1]["value"]
-    if isinstance(source, str): return {**row, "prompt": source, "question": source, "_cut": False}
-    kept = fit(source, render, length, max_length) if length and max_length else source
-    question = "\n\n".join(m["content"] for m in kept if m["role"] != "system")
-    return {**row, "prompt": render(kept), "question": question, "_cut": kept != source}
+    where = row.pop("_where")
+    source, turns = normalise(row, where), row.get("conversations")
+    if row.get("prompt") is None and turns and ROLES[turns[-1]["from"]] == "assistant": row["output"] = turns[-1]["value"]
+    try: kept = (fit_text(source, length, max_length) if isinstance(source, str) else fit(source, render, length, max_length)) if length and max_length else source
+    except TemplateError as e: raise BadRow(f"{where}: the chat template refuses it ({e})") from None
+    question = kept if isinstance(kept, str) else "\n\n".join(m["content"] for m in kept if m["role"] != "system")
+    own = row.get("question")
+    return {**row, "prompt": kept if isinstance(kept, str) else render(kept), "question": own if isinstance(own, str) else question, "_cut": kept != source}
 
 # %% ../nbs/01_data.ipynb #94c93953
 def good_rows(rows: Iterator[tuple[str, Any]], # Places and rows
@@ -218,14 +254,14 @@ def unique(rows: list[dict], # Prepared rows
     "Rows without those whose prompt came before."
     return list({row["prompt"]: row for row in reversed(rows)}.values())[::-1]
 
-# %% ../nbs/01_data.ipynb #582d0906
+# %% ../nbs/01_data.ipynb #70e6af0b
 def to_dataset(rows: list[dict],  # Prepared rows, perhaps with different columns
                seed: int,         # Of the order
 ) -> Dataset:
     "A shuffled data set with every row's columns."
     columns = list(dict.fromkeys(k for row in rows for k in row))
     try: data = Dataset.from_dict({k: [row.get(k) for row in rows] for k in columns})
-    except (TypeError, ValueError) as e: raise ValueError(f"A column mixes types: {str(e).splitlines()[0]}") from None
+    except (TypeError, ValueError, OverflowError) as e: raise ValueError(f"A column mixes types: {str(e).splitlines()[0]}") from None
     return data.shuffle(seed=seed)
 
 def load_split(rows: Iterator[tuple[str, Any]],              # Places and rows
@@ -240,9 +276,11 @@ def load_split(rows: Iterator[tuple[str, Any]],              # Places and rows
     length = (lambda text: len(encode_prompt(text, tokenizer))) if tokenizer else None
     done = []
     for row in good:
-        chat = isinstance(row.get("prompt"), list)
-        words = (lambda messages: chat_prompt(messages, tokenizer)) if chat else render
-        done.append(prepare(row, words, length, max_length))
+        words = (lambda messages: chat_prompt(messages, tokenizer)) if isinstance(row.get("prompt"), list) else render
+        try: done.append(prepare(row, words, length, max_length))
+        except BadRow:
+            if args.on_bad_row == "error": raise
+            bad += 1
     kept = unique(done)
     cut = sum(row.pop("_cut") for row in kept)
     logger.info("%d prompts; dropped: %d duplicates, %d bad rows; shortened to %s tokens: %d",

@@ -9,7 +9,7 @@ __all__ = ['logger', 'REFERENCE', 'VALUE_HEAD', 'Sampling', 'sampling_logits', '
            'resolve_dtype', 'check_decoder', 'quantization', 'load_lm', 'lora_config', 'load_value_head', 'load_policy',
            'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'save_policy', 'load_weights', 'merge_adapter']
 
-# %% ../nbs/02_models.ipynb #af1d153a
+# %% ../nbs/02_models.ipynb #af6c78e4
 import inspect
 import logging
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig,
+from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig,
                           PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomMLP
 
@@ -226,11 +226,12 @@ def resolve_dtype(name: str,            # "auto", "float32", "bfloat16" or "floa
     if not can: logger.warning("%s is not available on %s: using %s", name, device, str(best).removeprefix("torch."))
     return wanted if can else best
 
-# %% ../nbs/02_models.ipynb #4385f59e
+# %% ../nbs/02_models.ipynb #33ba8ce1
 def check_decoder(config, name: str): # A model's config, and what to call it
     "`ValueError` unless the model writes text from left to right."
     if config.is_encoder_decoder: raise ValueError(f"{name} is an encoder-decoder ({config.model_type}); the policy must be a decoder")
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False): known = False
     if not known: raise ValueError(f"{name} ({config.model_type}) is not a causal language model; the policy must be a decoder")
 
 def quantization(args: ModelArguments,
@@ -254,7 +255,7 @@ def load_lm(args: ModelArguments,
     if args.model_type not in ("auto", config.model_type):
         raise ValueError(f"model_type={args.model_type}: {args.model_name_or_path} is a {config.model_type}")
     quant = quantization(args, dtype)
-    where = {"": device} if args.device_map in ("auto", None) else args.device_map
+    where = {"": device} if args.device_map == "auto" else None
     lm = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, dtype=dtype, device_map=where,
                                               quantization_config=quant, **common)
     return prepare_model_for_kbit_training(lm, use_gradient_checkpointing=False) if quant else lm
@@ -306,13 +307,16 @@ def end_tokens(lm: PreTrainedModel | PeftModel, tok: PreTrainedTokenizerBase) ->
     more = [] if more is None else [more] if isinstance(more, int) else more
     return tuple(dict.fromkeys([tok.eos_token_id, *more]))
 
-# %% ../nbs/02_models.ipynb #098dda41
+# %% ../nbs/02_models.ipynb #e9352ac1
 def save_policy(policy: Policy, path: str | Path): # A folder, made if need be
     "Adapter (or all weights) as peft and transformers write them, and the value head."
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     adapter = dict(selected_adapters=[policy.lm.active_adapter]) if isinstance(policy.lm, PeftModel) else {}
     policy.lm.save_pretrained(path, **adapter)
+    if adapter and (named := path/policy.lm.active_adapter).is_dir():
+        for file in named.iterdir(): file.replace(path/file.name)
+        named.rmdir()
     save_file({k: v.detach().cpu().contiguous() for k, v in policy.value_head.state_dict().items()}, path/VALUE_HEAD)
 
 def load_weights(policy: Policy, path: str | Path): # A folder that `save_policy` wrote
