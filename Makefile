@@ -23,6 +23,7 @@ readme: $(READY)
 	$(BIN)/python tests/readme.py
 
 $(READY): settings.ini setup.py constraints.txt
+	python3 -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@

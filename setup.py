@@ -29,7 +29,7 @@ setup(
     classifiers=[
         "Development Status :: 3 - Alpha", "Intended Audience :: Developers", "Intended Audience :: Science/Research",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
-        *[f"Programming Language :: Python :: {v}" for v in ("3", "3.10", "3.11", "3.12", "3.13")],
+        *[f"Programming Language :: Python :: {v}" for v in ("3", "3.11", "3.12", "3.13")],
     ],
     zip_safe=False,
 )

@@ -116,7 +116,7 @@ def keep_newest(output_dir: str | Path, limit: int | None): # How many to keep; 
     if limit:
         for path in checkpoints(output_dir)[:-limit]: shutil.rmtree(path)
 
-# %% ../nbs/07_checkpoint.ipynb #091263ef
+# %% ../nbs/07_checkpoint.ipynb #d9f24ac5
 def check_output_dir(output_dir: str | Path,
                      overwrite: bool,   # An earlier run there may go
                      resume: bool):     # An earlier run there goes on
@@ -124,5 +124,5 @@ def check_output_dir(output_dir: str | Path,
     path = Path(output_dir)
     if path.exists() and not path.is_dir(): raise ValueError(f"output_dir={path} is a file; name a folder")
     if overwrite or resume: return
-    if checkpoints(path) or (path/"adapter_config.json").exists() or (path/"config.json").exists():
+    if checkpoints(path) or any((path/name).exists() for name in ("adapter_config.json", "config.json", "trl")):
         raise ValueError(f"output_dir={path} holds an earlier run: give another one, --overwrite_output_dir, or --resume_from_checkpoint True")

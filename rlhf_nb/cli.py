@@ -6,7 +6,7 @@
 __all__ = ['logger', 'DEMO', 'COMMANDS', 'Parser', 'train_parser', 'check_model', 'loading', 'make_trainer', 'train',
            'answers_to', 'demo', 'as_flags', 'merge', 'quiet_libraries', 'main']
 
-# %% ../nbs/10_cli.ipynb #ec746145
+# %% ../nbs/10_cli.ipynb #7cf57a08
 import argparse
 import logging
 import sys
@@ -24,6 +24,7 @@ from accelerate.utils import set_seed
 from datasets import disable_progress_bars
 from huggingface_hub.utils import logging as huggingface_hub_logging
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
@@ -41,14 +42,16 @@ from .trainer import PPOTrainer
 # %% ../nbs/10_cli.ipynb #b93ea544
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/10_cli.ipynb #dae818a2
+# %% ../nbs/10_cli.ipynb #d4c503c5
 class Parser(TrlParser):
     "Settings from flags and YAML; an error is one line."
     def error(self, message: str): raise ValueError(message)
 
     def read(self, argv: list[str]) -> tuple: # One instance per dataclass
         "The settings; `ValueError` for what is unknown or wrong."
-        config = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else None
+        argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+        if argv[-1:] == ["--config"]: raise ValueError("--config needs a file")
+        config = argv[argv.index("--config") + 1] if "--config" in argv else None
         try: *parsed, from_file, from_flags = self.parse_args_and_config(argv, return_remaining_strings=True,
                                                                          separate_remaining_strings=True)
         except yaml.YAMLError as e: raise ValueError(f"{config}: not YAML ({' '.join(str(e).split())})") from None
@@ -73,12 +76,12 @@ def check_model(flag: str, name: str | None): # Setting, and the hub name or fol
     if not name: raise ValueError(f"--{flag} is missing")
     if not Path(name).exists() and (name[0] in "./~" or name.count("/") > 1): raise ValueError(f"{flag}={name}: no such folder")
 
-# %% ../nbs/10_cli.ipynb #10f28e32
+# %% ../nbs/10_cli.ipynb #b41a2ad7
 @contextmanager
 def loading(flag: str, name: str): # Setting, and the hub name or folder it was given
     "Errors inside name the setting."
     try: yield
-    except OSError as e: raise ValueError(f"{flag}={name} cannot be loaded: {str(e).strip().splitlines()[0]}") from e
+    except (OSError, SafetensorError) as e: raise ValueError(f"{flag}={name} cannot be loaded: {str(e).strip().splitlines()[0]}") from e
 
 # %% ../nbs/10_cli.ipynb #ab74fdcc
 def make_trainer(model_args: ModelArguments, data_args: DataArguments, args: PPOConfig) -> PPOTrainer:
@@ -115,8 +118,8 @@ def train(argv: list[str], prog: str = "rlhf-nb train") -> PPOTrainer:
         for name, value in trainer.evaluate().items(): print(f"{name} {value:.4f}")
     return trainer
 
-# %% ../nbs/10_cli.ipynb #859a6710
-DEMO = dict(output_dir="outputs-demo", overwrite_output_dir="True", do_train="True", do_eval="True", max_eval_samples="32",
+# %% ../nbs/10_cli.ipynb #d36e43d5
+DEMO = dict(output_dir="outputs-demo", do_train="True", do_eval="True", max_eval_samples="32",
             eval_do_sample="True", max_steps="60", batch_size="32", mini_batch_size="16", max_source_length="96",
             max_target_length="24", learning_rate="0.01", torch_dtype="float32", save_steps="0")
 
@@ -128,10 +131,14 @@ def answers_to(trainer: PPOTrainer, n: int = 5) -> tuple[Rollout, list[float]]: 
 
 def demo(argv: list[str]) -> PPOTrainer:
     "Train tiny models on the shipped prompts; show answers before and after."
-    out = train_parser("rlhf-nb demo").read([*as_flags(DEMO), *argv])[-1].output_dir
+    own_folder = not any(a.split("=")[0] in ("--output_dir", "--output-dir") for a in argv)
+    argv = [*as_flags(DEMO | dict(overwrite_output_dir=own_folder)), *argv]
+    args = train_parser("rlhf-nb demo").read(argv)[-1]
+    out = args.output_dir
+    check_output_dir(out, args.overwrite_output_dir, bool(args.resume_from_checkpoint))
     policy, reward = save_tiny(Path(out)/"models")
     own = as_flags(dict(model_name_or_path=policy, reward_model_name_or_path=reward, train_file_dir=data_dir()/"finetune"))
-    trainer = make_trainer(*train_parser("rlhf-nb demo").read([*own, *as_flags(DEMO), *argv]))
+    trainer = make_trainer(*train_parser("rlhf-nb demo").read([*own, *argv]))
     before, old = answers_to(trainer)
     trainer.train()
     after, new = answers_to(trainer)
@@ -139,8 +146,8 @@ def demo(argv: list[str]) -> PPOTrainer:
                "after": after.completions, "score ": new}
     Console().print(samples_table("Answers to unseen prompts", columns))
     scores = [e["eval/scores"] for e in trainer.state.log_history if "eval/scores" in e]
-    print(f"Score on {len(trainer.eval_dataset)} unseen prompts: {scores[0]:.2f} before, {scores[-1]:.2f} after "
-          f"{trainer.state.global_step} updates; KL {trainer.last('eval/kl'):.1f}")
+    if scores: print(f"Score on {len(trainer.eval_dataset)} unseen prompts: {scores[0]:.2f} before, {scores[-1]:.2f} after "
+                     f"{trainer.state.global_step} updates; KL {trainer.last('eval/kl'):.1f}")
     print(f"Curves: tensorboard --logdir {out}/trl")
     return trainer
 
@@ -148,7 +155,7 @@ def as_flags(settings: dict) -> list[str]: # --name value --name value ...
     "Settings as they would stand on the command line."
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
-# %% ../nbs/10_cli.ipynb #2337b9fd
+# %% ../nbs/10_cli.ipynb #f5bf6628
 def merge(argv: list[str]):
     "Write the base model with the adapter merged into its weights."
     args, = Parser(MergeArguments, prog="rlhf-nb merge", allow_abbrev=False, description="Merge an adapter into its base model.").read(argv)
@@ -156,8 +163,10 @@ def merge(argv: list[str]):
     check_model("base_model_name_or_path", args.base_model_name_or_path)
     if not (Path(args.peft_model_path)/"adapter_config.json").exists():
         raise ValueError(f"peft_model_path={args.peft_model_path} has no adapter_config.json")
-    merge_adapter(args.base_model_name_or_path, args.peft_model_path, args.output_dir, args.torch_dtype, args.cache_dir,
-                  args.trust_remote_code)
+    with loading("base_model_name_or_path", args.base_model_name_or_path):
+        try: merge_adapter(args.base_model_name_or_path, args.peft_model_path, args.output_dir, args.torch_dtype, args.cache_dir,
+                           args.trust_remote_code)
+        except RuntimeError as e: raise ValueError(f"{args.peft_model_path} is no adapter of {args.base_model_name_or_path} ({str(e).splitlines()[0]})") from e
     logger.info("Saved to %s", args.output_dir)
 
 # %% ../nbs/10_cli.ipynb #39efe409

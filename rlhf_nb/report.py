@@ -14,9 +14,12 @@ from rich.text import Text
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-# %% ../nbs/08_report.ipynb #6b4583fc
+# %% ../nbs/08_report.ipynb #286c1634
 class ProgressBar(TrainerCallback):
     "One line: updates, time left, score, KL."
+    def __init__(self):
+        self.bar, self.seen = None, {}
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="PPO", unit="update", dynamic_ncols=True)
 
@@ -24,9 +27,10 @@ class ProgressBar(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is None: return
         shown = dict(score="objective/scores", KL="objective/kl", eval="eval/scores")
-        self.bar.set_postfix({**getattr(self, "seen", {}), **{k: f"{logs[v]:.3f}" for k, v in shown.items() if v in logs}})
-        self.seen = {k: f"{logs[v]:.3f}" for k, v in shown.items() if v in logs}
+        self.seen |= {k: f"{logs[v]:.3f}" for k, v in shown.items() if v in logs}
+        self.bar.set_postfix(self.seen)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()

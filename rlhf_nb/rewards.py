@@ -56,7 +56,7 @@ def fit_pair(question: str | list[dict],
         messages = fit(messages, lambda m: (m, answer), size, max_length)
     return encode_pair(messages, answer, tokenizer)
 
-# %% ../nbs/03_rewards.ipynb #ad7cc82e
+# %% ../nbs/03_rewards.ipynb #a81fbe58
 def pick_label(config, label: str | None) -> int: # Index into the model's outputs
     "Which output is the score; `ValueError` where that is not clear."
     if config.num_labels == 1: return 0
@@ -75,7 +75,7 @@ class RewardModel:
                  batch_size: int = 16):              # Pairs per forward pass
         self.model, self.tokenizer, self.batch_size = model.eval().requires_grad_(False), tokenizer, batch_size
         self.label, self.max_length = pick_label(model.config, label), model_max_length(model, tokenizer)
-        if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token or tokenizer.eos_token
         if model.config.pad_token_id is None: model.config.pad_token_id = tokenizer.pad_token_id
         self.__name__ = Path(model.config._name_or_path).name or type(model).__name__
 
@@ -117,7 +117,7 @@ def check_scores(scores: Any,    # What a function returned
         if not ok: raise ValueError(f"Reward {name} gave {show(score)} instead of a finite number for the prompt {show(prompt)}")
     return [math.nan if s is None else float(s) for s in scores]
 
-# %% ../nbs/03_rewards.ipynb #84f8f57c
+# %% ../nbs/03_rewards.ipynb #2927787b
 def call_reward(func: Callable,
                 name: str,
                 prompts: list,
@@ -129,7 +129,8 @@ def call_reward(func: Callable,
     except Exception as e:
         if isinstance(e, ValueError) and str(e).startswith(f"Reward {name} gave"): raise
         for i, prompt in enumerate(prompts):
-            try: func(prompts=[prompt], completions=[completions[i]], **{k: [v[i]] for k, v in columns.items()}, **extra)
+            one = {k: [v[i]] if isinstance(v, list) and len(v) == len(prompts) else v for k, v in (columns | extra).items()}
+            try: func(prompts=[prompt], completions=[completions[i]], **one)
             except Exception as e1:
                 raise ValueError(f"Reward {name} failed on the prompt {show(prompt)}: {type(e1).__name__}: {e1}") from e1
         first = f"{len(prompts)} prompts, the first of them {show(prompts[0])}"

@@ -90,7 +90,7 @@ def decode(ids: Tensor,                        # One answer's tokens, (T,)
     ids = ids.tolist()
     return tokenizer.decode(ids[:-1] if ids and ids[-1] in eos_token_ids else ids, skip_special_tokens=True)
 
-# %% ../nbs/04_rollout.ipynb #4660a197
+# %% ../nbs/04_rollout.ipynb #6525cfdf
 @torch.no_grad()
 def rollout(policy: Policy,
             tokenizer: PreTrainedTokenizerBase,     # The policy's
@@ -104,7 +104,7 @@ def rollout(policy: Policy,
 ) -> Rollout:
     "Answer each prompt and look at each answer once with the policy and once with the reference."
     device, pad = policy.value_head.weight.device, tokenizer.pad_token_id
-    queries = [torch.tensor(encode_prompt(row["prompt"], tokenizer)[-max_source_length:], device=device) for row in rows]
+    queries = [torch.tensor(encode_prompt(row["prompt"], tokenizer, max_source_length), device=device) for row in rows]
     uniforms = None if generator is None else torch.rand(len(rows), max_target_length, generator=generator).to(device)
     order = sorted(range(len(rows)), key=lambda i: len(queries[i]))
     parts: dict[int, tuple[Tensor, ...]] = {}

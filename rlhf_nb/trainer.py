@@ -103,13 +103,14 @@ def as_reward(reward: str | PreTrainedModel | Callable,
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(reward.config._name_or_path)
     return RewardModel(reward.to(device), tokenizer, args.reward_label, args.reward_batch_size)
 
-# %% ../nbs/06_trainer.ipynb #99244985
+# %% ../nbs/06_trainer.ipynb #2c149855
 def make_accelerator(args: PPOConfig, dtype: torch.dtype) -> Accelerator: # Type of the matrix products
     "One per run; an earlier run in the same process may have used another precision."
     AcceleratorState._reset_state()
     precision = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
     trackers = None if args.log_with == "none" else args.log_with
     accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=args.output_dir)
+    if trackers and not accelerator.log_with: raise ValueError(f"log_with={trackers}: this package is not installed")
     if accelerator.num_processes > 1: raise ValueError("Several processes are not supported yet: start one process")
     return accelerator
 
@@ -161,7 +162,7 @@ class Schedule(DefaultFlowCallback):
         control.should_training_stop |= state.global_step >= state.max_steps
         return control
 
-# %% ../nbs/06_trainer.ipynb #3f24ae4a
+# %% ../nbs/06_trainer.ipynb #6d1f44a1
 class Parts:
     "Models, rewards, optimiser and leash of a run."
     def __init__(self,
@@ -191,7 +192,7 @@ class Parts:
         optimizer, self.lr_scheduler = make_optimizer(policy, args)
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
         self.trained = [p for p in policy.parameters() if p.requires_grad]
-        self.kl_ctl = make_leash(args)
+        self.kl_ctl, self.pending = make_leash(args), []
         self.state = TrainerState(max_steps=args.max_steps, logging_steps=args.logging_steps, save_steps=args.save_steps,
                                   eval_steps=args.eval_steps)
         self.control = TrainerControl()
@@ -203,7 +204,7 @@ def means(stats: list[dict[str, float]]) -> dict[str, float]: # Of entries with 
     "The mean of each metric."
     return {k: float(np.mean([s[k] for s in stats])) for k in stats[0]}
 
-# %% ../nbs/06_trainer.ipynb #653bcaca
+# %% ../nbs/06_trainer.ipynb #f540d945
 class Update(Parts):
     "From experience to new weights."
     def update(self, exp: Experience) -> dict[str, float]: # Means over optimiser steps
@@ -220,7 +221,7 @@ class Update(Parts):
             stats["policy/grad_norm"] = self.accelerator.clip_grad_norm_(self.trained, args.max_grad_norm or float("inf")).item()
             self.optimizer.step()
             self.optimizer.zero_grad()
-            done.append(stats)
+            if not self.optimizer.step_was_skipped: done.append(stats)
         return means(done or [stats]) | {"policy/optimizer_steps": len(done)}
 
     def accumulate(self, exp: Experience, rows: Tensor) -> dict[str, float]: # Rows of one optimiser step, (n,)
@@ -249,7 +250,7 @@ def deal(n: int,      # Prompts
     epochs = {e: order(e) for e in {p // n for p in places}}
     return [int(epochs[p // n][p % n]) for p in places]
 
-# %% ../nbs/06_trainer.ipynb #af4e847d
+# %% ../nbs/06_trainer.ipynb #9691bc9a
 class Verbs(Update):
     "A PPO step, by hand."
     def batches(self) -> Iterator[list[dict]]: # Rows of the data set
@@ -284,7 +285,7 @@ class Verbs(Update):
     ) -> dict[str, float]:                           # Metrics
         "One PPO update from scored answers."
         scores = scores if isinstance(scores, Scores) else Scores(torch.as_tensor(scores, dtype=torch.float32), {})
-        stats = rollout_stats(rollout, scores, self.kl_ctl.value)
+        stats = rollout_stats(rollout, scores, self.kl_ctl.value, self.args.kl_estimator)
         exp = make_experience(rollout, scores.total.to(rollout.logprobs.device), self.args, self.kl_ctl.value)
         stats |= self.update(exp) | dict(lr=self.lr_scheduler.get_last_lr()[0])
         self.kl_ctl.update(stats["objective/kl"], len(rollout.rows))
@@ -293,21 +294,22 @@ class Verbs(Update):
         if self.train_dataset is not None: self.state.epoch = self.state.global_step * self.args.batch_size / len(self.train_dataset)
         return stats | dict(episode=self.state.global_step * self.args.batch_size)
 
-# %% ../nbs/06_trainer.ipynb #0a7e3a28
+# %% ../nbs/06_trainer.ipynb #e5bacf25
 @torch.no_grad()
 def rollout_stats(rollout: Rollout,
                   scores: Scores,
-                  kl_coef: float,   # Reward lost per nat
+                  kl_coef: float,             # Reward lost per nat
+                  kl_estimator: str = "k1",   # Of the KL that is paid for
 ) -> dict[str, float]:
     "What the answers say of the run, before the update."
-    mask = rollout.response_mask
-    kl = torch.where(mask > 0, rollout.logprobs - rollout.ref_logprobs, 0.).sum(1).mean().item()
-    entropy = torch.where(mask > 0, rollout.entropy, 0.).sum(1).mean().item()
+    mask, estimate = rollout.response_mask, lambda kind: kl_penalty(rollout.logprobs, rollout.ref_logprobs, kind)
+    total = lambda x: torch.where(mask > 0, x, 0.).sum(1).mean().item()
+    kl, paid = total(estimate("k1")), kl_coef * total(estimate(kl_estimator))
     score = scores.total.mean().item()
     each = {f"rewards/{k}": v.nanmean().item() for k, v in scores.by_name.items()} if len(scores.by_name) > 1 else {}
-    return {"objective/kl": kl, "objective/entropy": entropy, "objective/scores": score,
-            "objective/scores_std": scores.total.std(correction=0).item(), "objective/non_score_reward": -kl_coef * kl,
-            "objective/rlhf_reward": score - kl_coef * kl, "objective/kl_coef": kl_coef, **each,
+    return {"objective/kl": kl, "objective/entropy": total(rollout.entropy), "objective/scores": score,
+            "objective/scores_std": scores.total.std(correction=0).item(), "objective/non_score_reward": -paid,
+            "objective/rlhf_reward": score - paid, "objective/kl_coef": kl_coef, **each,
             "policy/entropy_avg": masked_mean(rollout.entropy, mask).item(), "val/num_eos_tokens": rollout.ended.sum().item(),
             "tokens/responses": mask.sum(1).float().mean().item()}
 
@@ -321,7 +323,7 @@ def update_stats(logprobs: Tensor,  # Of the policy as it is, (n, T)
     return {"policy/approxkl_avg": approx_kl(logprobs, mb.logprobs, mask), "policy/clipfrac_avg": clipped,
             "loss/policy_avg": pl, "loss/value_avg": vl, "val/clipfrac_avg": vclipped, "val/ratio": masked_mean(ratio, mask), "val/ratio_var": masked_var(ratio, mask, unbiased=False)}
 
-# %% ../nbs/06_trainer.ipynb #8124a446
+# %% ../nbs/06_trainer.ipynb #553da899
 class Files(Verbs):
     "Models and checkpoints on disk."
     def save_model(self, output_dir: str | Path | None = None): # Default: args.output_dir
@@ -334,7 +336,7 @@ class Files(Verbs):
         "All that the run needs to go on, under `checkpoint-STEP`."
         scaler = self.accelerator.scaler
         state = dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict(),
-                     scaler=scaler.state_dict() if scaler else None, kl_coef=self.kl_ctl.value, random=random_states(self.generator))
+                     scaler=scaler.state_dict() if scaler else None, pending=self.pending, kl_coef=self.kl_ctl.value, random=random_states(self.generator))
         def write(folder: Path):
             self.save_model(folder)
             self.state.save_to_json(str(folder/"trainer_state.json"))
@@ -349,16 +351,17 @@ class Files(Verbs):
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.kl_ctl.value = state["kl_coef"]
+        self.kl_ctl.value, self.pending = state["kl_coef"], state["pending"]
         self.state = TrainerState.load_from_json(str(Path(path)/"trainer_state.json"))
         self.state.max_steps = self.args.max_steps
         set_random_states(state["random"], self.generator)
 
     def clear_output_dir(self):
         "Remove the checkpoints and logs of an earlier run, which `check_output_dir` has let go."
-        for old in [*checkpoints(self.args.output_dir), Path(self.args.output_dir)/"trl"]: shutil.rmtree(old, ignore_errors=True)
+        for old in checkpoints(self.args.output_dir): shutil.rmtree(old)
+        for old in (Path(self.args.output_dir)/"trl").rglob("events.out.tfevents.*"): old.unlink()
 
-# %% ../nbs/06_trainer.ipynb #6f7182ed
+# %% ../nbs/06_trainer.ipynb #597166ae
 class Watched(Files):
     "Timed, logged, evaluated."
     def timed_step(self, rows: list[dict]) -> dict[str, float]: # Metrics
@@ -387,13 +390,19 @@ class Watched(Files):
         "Look a metric up in the history."
         return next((entry[name] for entry in reversed(self.state.log_history) if name in entry), float("nan"))
 
+    def log_pending(self):
+        "Means since the last entry; of what counts or is set, the newest."
+        newest = {k: self.pending[-1][k] for k in ("lr", "episode", "objective/kl_coef")}
+        self.log(means(self.pending) | newest)
+        self.pending = []
+
     def log(self, stats: dict[str, float]):
         "To the history, the trackers and the callbacks."
         self.state.log_history.append({**stats, "step": self.state.global_step})
         self.accelerator.log(stats, step=self.state.global_step)
         self.control = self.handler.on_log(self.args, self.state, self.control, stats)
 
-# %% ../nbs/06_trainer.ipynb #020cf4e7
+# %% ../nbs/06_trainer.ipynb #2027edd7
 class PPOTrainer(Watched):
     "PPO with the surface of TRL's trainers."
     def train(self,
@@ -407,17 +416,15 @@ class PPOTrainer(Watched):
         self.accelerator.init_trackers("trl", config={k: v for k, v in asdict(args).items() if isinstance(v, (bool, int, float, str))})
         self.control = self.handler.on_train_begin(args, self.state, self.control)
         if args.do_eval and not resume: self.log(self.evaluate())
-        pending = []
         for rows in self.batches():
             self.control = self.handler.on_step_begin(args, self.state, self.control)
-            pending.append(self.timed_step(rows))
+            self.pending.append(self.timed_step(rows))
             self.control = self.handler.on_step_end(args, self.state, self.control)
-            if self.control.should_log or self.control.should_training_stop:
-                self.log(means(pending) | {k: pending[-1][k] for k in ("lr", "episode", "objective/kl_coef")})
-                pending = []
+            if self.control.should_log: self.log_pending()
             if self.control.should_evaluate: self.log(self.evaluate())
             if self.control.should_save: self.save_checkpoint()
             if self.control.should_training_stop: break
+        if self.pending: self.log_pending()
         if args.do_eval and "eval/scores" not in self.state.log_history[-1]: self.log(self.evaluate())
         self.save_model()
         self.control = self.handler.on_train_end(args, self.state, self.control)

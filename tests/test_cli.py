@@ -1,5 +1,6 @@
 "The program, as a user runs it."
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_nb.cli import demo, main
+from rlhf_nb.tiny import tiny_policy
 
 ORIGINAL = """--model_type bloom --model_name_or_path {policy} --reward_model_name_or_path {reward} --torch_dtype float16 --device_map auto
  --train_file_dir {data} --validation_file_dir {data} --batch_size 2 --max_source_length 256 --max_target_length 256
@@ -103,6 +105,34 @@ def test_an_earlier_run_is_not_overwritten(tiny, tmp_path, capsys):
     assert stop.value.code == 2 and "holds an earlier run" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     run(*short(*tiny, tmp_path/"run", "--overwrite_output_dir"))
+
+
+def test_only_event_files_are_ever_removed_from_trl(tiny, tmp_path, capsys):
+    precious = tmp_path/"run"/"trl"/"precious.py"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("x = 1")
+    with pytest.raises(SystemExit): run(*short(*tiny, tmp_path/"run"))
+    assert "holds an earlier run" in capsys.readouterr().err
+    run(*short(*tiny, tmp_path/"run", "--overwrite_output_dir"))
+    assert precious.read_text() == "x = 1"
+
+
+def test_merge_with_another_base_is_an_error(tiny, tmp_path, capsys):
+    run(*short(*tiny, tmp_path/"run", "--lora_rank", 4))
+    other, tok = tiny_policy("bloom", hidden_size=32)
+    other.save_pretrained(tmp_path/"other"); tok.save_pretrained(tmp_path/"other")
+    with pytest.raises(SystemExit) as stop:
+        run("merge", "--base_model_name_or_path", tmp_path/"other", "--peft_model_path", tmp_path/"run", "--output_dir", tmp_path/"merged")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "is no adapter of" in err and not (tmp_path/"merged").exists()
+
+
+def test_damaged_weights_are_an_error(tiny, tmp_path, capsys):
+    shutil.copytree(tiny[0], tmp_path/"cut")
+    weights = tmp_path/"cut"/"model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(SystemExit) as stop: run(*short(tmp_path/"cut", tiny[1], tmp_path/"out"))
+    assert stop.value.code == 2 and "cannot be loaded" in capsys.readouterr().err and not (tmp_path/"out").exists()
 
 
 def test_an_adapter_to_start_from_is_the_reference(tiny, tmp_path):
