@@ -83,7 +83,7 @@ def loading(flag: str, name: str): # Setting, and the hub name or folder it was 
     try: yield
     except (OSError, SafetensorError) as e: raise ValueError(f"{flag}={name} cannot be loaded: {str(e).strip().splitlines()[0]}") from e
 
-# %% ../nbs/10_cli.ipynb #ab74fdcc
+# %% ../nbs/10_cli.ipynb #502b0a82
 def make_trainer(model_args: ModelArguments, data_args: DataArguments, args: PPOConfig) -> PPOTrainer:
     "Prompts, policy and reward model, as the flags say."
     for name in ("model_name_or_path", "reward_model_name_or_path"): check_model(name, getattr(model_args, name))
@@ -106,9 +106,9 @@ def make_trainer(model_args: ModelArguments, data_args: DataArguments, args: PPO
                 str(dtype).removeprefix("torch."), device)
     return PPOTrainer(policy, reward, args, data["train"], data.get("validation"), tokenizer)
 
-def train(argv: list[str], prog: str = "rlhf-nb train") -> PPOTrainer:
+def train(argv: list[str]) -> PPOTrainer:
     "Train, evaluate, or both."
-    model_args, data_args, args = train_parser(prog).read(argv)
+    model_args, data_args, args = train_parser().read(argv)
     trainer = make_trainer(model_args, data_args, args)
     if args.do_train:
         trainer.train()

@@ -215,34 +215,39 @@ def fit_text(text: str,                   # A prompt to use as it stands
     if length(text) <= max_length: return text
     return longest_prefix(text[::-1], lambda end: length(end[::-1]) <= max_length)[::-1]
 
-# %% ../nbs/01_data.ipynb #3093e36e
-def prepare(row: dict,                                  # A row with `_where`, its place
+# %% ../nbs/01_data.ipynb #936324fc
+def prepare(row: Any,                                   # One row, of any schema
+            where: str,                                 # Its place, for the error
             render: Callable[[list[dict]], str],        # Messages to prompt
             length: Callable[[str], int] | None = None, # Tokens of a prompt
             max_length: int | None = None,              # Longest prompt, in tokens
 ) -> dict:                                              # `prompt`, `question`, the other columns, and `_cut`
-    "One row, ready for the policy."
-    row = dict(row)
-    where = row.pop("_where")
+    "One row, ready for the policy; `BadRow` if it cannot be."
     source, turns = normalise(row, where), row.get("conversations")
-    if row.get("prompt") is None and turns and ROLES[turns[-1]["from"]] == "assistant": row["output"] = turns[-1]["value"]
-    try: kept = (fit_text(source, length, max_length) if isinstance(source, str) else fit(source, render, length, max_length)) if length and max_length else source
-    except TemplateError as e: raise BadRow(f"{where}: the chat template refuses it ({e})") from None
-    question = kept if isinstance(kept, str) else "\n\n".join(m["content"] for m in kept if m["role"] != "system")
-    own = row.get("question")
-    return {**row, "prompt": kept if isinstance(kept, str) else render(kept), "question": own if isinstance(own, str) else question, "_cut": kept != source}
+    last = turns[-1] if row.get("prompt") is None and turns else {}
+    answer = dict(output=last["value"]) if ROLES.get(last.get("from")) == "assistant" else {}
+    if isinstance(source, str):
+        prompt = question = kept = fit_text(source, length, max_length) if length and max_length else source
+    else:
+        try:
+            kept = fit(source, render, length, max_length) if length and max_length else source
+            prompt = render(kept)
+        except TemplateError as e: raise BadRow(f"{where}: the chat template refuses it ({e})") from None
+        question = "\n\n".join(m["content"] for m in kept if m["role"] != "system")
+    if isinstance(row.get("question"), str): question = row["question"]
+    return {**row, **answer, "prompt": prompt, "question": question, "_cut": kept != source}
 
-# %% ../nbs/01_data.ipynb #94c93953
+# %% ../nbs/01_data.ipynb #b5ad2032
 def good_rows(rows: Iterator[tuple[str, Any]], # Places and rows
               on_bad_row: str,                 # "error" or "skip"
-) -> tuple[list[dict], int]:                   # Rows with `_where`; how many were skipped
+              ready: Callable[[Any, str], dict], # A row and its place to the prepared row
+) -> tuple[list[dict], int]:                   # Prepared rows; how many were skipped
     "Rows that have a prompt."
     good, bad = [], 0
     for where, row in rows:
         try:
             if isinstance(row, BadRow): raise row
-            normalise(row, where)
-            good.append({**row, "_where": where})
+            good.append(ready(row, where))
         except BadRow:
             if on_bad_row == "error": raise
             bad += 1
@@ -254,7 +259,7 @@ def unique(rows: list[dict], # Prepared rows
     "Rows without those whose prompt came before."
     return list({row["prompt"]: row for row in reversed(rows)}.values())[::-1]
 
-# %% ../nbs/01_data.ipynb #70e6af0b
+# %% ../nbs/01_data.ipynb #8448fe4d
 def to_dataset(rows: list[dict],  # Prepared rows, perhaps with different columns
                seed: int,         # Of the order
 ) -> Dataset:
@@ -271,16 +276,12 @@ def load_split(rows: Iterator[tuple[str, Any]],              # Places and rows
                seed: int,
 ) -> Dataset:
     "Read, prepare, drop duplicates, shuffle; say what was dropped."
-    good, bad = good_rows(rows, args.on_bad_row)
-    render = alpaca_prompt if args.prompt_template == "alpaca" else lambda messages: chat_prompt(messages, tokenizer)
     length = (lambda text: len(encode_prompt(text, tokenizer))) if tokenizer else None
-    done = []
-    for row in good:
-        words = (lambda messages: chat_prompt(messages, tokenizer)) if isinstance(row.get("prompt"), list) else render
-        try: done.append(prepare(row, words, length, max_length))
-        except BadRow:
-            if args.on_bad_row == "error": raise
-            bad += 1
+    chat = lambda messages: chat_prompt(messages, tokenizer)
+    def ready(row: Any, where: str) -> dict:
+        is_chat = args.prompt_template == "chat" or isinstance(row, dict) and isinstance(row.get("prompt"), list)
+        return prepare(row, where, chat if is_chat else alpaca_prompt, length, max_length)
+    done, bad = good_rows(rows, args.on_bad_row, ready)
     kept = unique(done)
     cut = sum(row.pop("_cut") for row in kept)
     logger.info("%d prompts; dropped: %d duplicates, %d bad rows; shortened to %s tokens: %d",
