@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_nb.cli import demo, main
+from rlhf_nb.cli import main
 from rlhf_nb.tiny import tiny_policy
 
 ORIGINAL = """--model_type bloom --model_name_or_path {policy} --reward_model_name_or_path {reward} --torch_dtype float16 --device_map auto
@@ -153,12 +153,6 @@ def test_evaluation_alone_prints_and_writes_nothing(tiny, tmp_path, capsys):
     flags = [f for f in short(*tiny, tmp_path/"none") if f != "--do_train"]
     run(*flags, "--do_eval", "--max_eval_samples", 4)
     assert "eval/scores" in capsys.readouterr().out and not (tmp_path/"none").exists()
-
-
-def test_demo_moves_the_policy_and_shows_it(tmp_path, capsys):
-    trainer = demo(["--output_dir", str(tmp_path/"demo"), "--disable_tqdm", "--max_steps", "10"])
-    assert trainer.last("objective/kl") > 1
-    assert "unseen prompts: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, text", [

@@ -1,0 +1,78 @@
+"Does the policy become better, by a reward that it never sees?"
+import json
+from statistics import mean
+
+import pytest
+from conftest import ROOT
+
+from rlhf_nb.cli import demo
+from rlhf_nb.tiny import accuracy, clinic_models, train_clinic
+from rlhf_nb.yardstick import CONTROLS, PEERS, peer, ppo, unseen
+
+SEEDS = range(5)
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    "The demo with five seeds: true reward before and after, and the course of each."
+    from rlhf_nb.yardstick import course
+    runs = []
+    for seed in SEEDS:
+        trainer = ppo(tmp_path_factory.mktemp("seed"), seed=seed)
+        trainer.train()
+        runs.append((unseen(trainer), course(trainer)))
+    return runs
+
+
+def first_at(course, level=.9, over=10):
+    "Rollouts until the mean of ten batches reaches the level."
+    means = [(course["rollouts"][i], mean(course["true_reward"][i - over:i])) for i in range(over, len(course["rollouts"]))]
+    return next((n for n, reward in means if reward >= level), float("inf"))
+
+
+def test_the_demo_learns_and_says_so(tmp_path, capsys):
+    trainer = demo(["--output_dir", str(tmp_path/"demo"), "--disable_tqdm", "--max_steps", "25", "--max_eval_samples", "100"])
+    before, after = unseen(trainer)
+    assert before <= .65 and after >= before + .15
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("Answers to unseen questions", "true reward", "tensorboard --logdir"))
+    summary = json.loads((tmp_path/"demo"/"summary.json").read_text())
+    assert {"true_reward", "score", "kl", "answer_length", "tokens_per_second", "seconds"} <= set(summary)
+    assert summary["true_reward"] == dict(before=before, after=after) and summary["kl"]["before"] == 0
+    assert (tmp_path/"demo"/"curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_ships_is_small_and_good():
+    assert sum(f.stat().st_size for f in (ROOT/"data"/"clinic").rglob("*") if f.is_file()) < 6e6
+    assert accuracy(clinic_models()[1], 500) >= .88
+
+
+@pytest.mark.slow
+def test_five_seeds(seeds):
+    before, after = zip(*(run[0] for run in seeds))
+    assert max(before) <= .6 and mean(after) >= .9 and min(after) >= .85, (before, after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls_learn_nothing(name, tmp_path):
+    trainer = ppo(tmp_path, **CONTROLS[name])
+    trainer.train()
+    before, after = unseen(trainer)
+    assert abs(after - before) <= .05, (before, after)
+
+
+@pytest.mark.slow
+def test_as_few_rollouts_as_the_better_peer(seeds, tmp_path):
+    ours = mean(first_at(run[1]) for run in seeds)
+    assert ours <= min(first_at(peer(name, tmp_path/name)[0]) for name in PEERS)
+
+
+@pytest.mark.slow
+def test_a_rebuild_is_as_good_as_what_ships(tmp_path):
+    policy, reward = train_clinic(tmp_path, seed=1)
+    assert accuracy(reward) >= .9
+    trainer = ppo(tmp_path/"run", model_name_or_path=policy, reward_model_name_or_path=reward)
+    trainer.train()
+    before, after = unseen(trainer)
+    assert before <= .65 and after >= .85
