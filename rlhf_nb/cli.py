@@ -125,7 +125,7 @@ def train(argv: list[str]) -> PPOTrainer:
         for name, value in trainer.evaluate().items(): print(f"{name} {value:.4f}")
     return trainer
 
-# %% ../nbs/10_cli.ipynb #c81583a4
+# %% ../nbs/10_cli.ipynb #cef63617
 @dataclass
 class DemoArguments:
     "What only the demo has."
@@ -135,7 +135,7 @@ CLINIC = data_dir()/"clinic"
 DEMO = dict(output_dir="outputs-demo", model_name_or_path=CLINIC/"policy", reward_model_name_or_path=CLINIC/"reward",
             train_file_dir=CLINIC/"train.jsonl", validation_file_dir=CLINIC/"unseen.jsonl", do_train=True, do_eval=True,
             eval_do_sample=True, max_steps=100, batch_size=64, mini_batch_size=64, num_ppo_epochs=2, max_source_length=64,
-            max_target_length=48, min_target_length=0, temperature=.7, learning_rate=1.5e-3, lr_scheduler_type="linear",
+            max_target_length=48, min_target_length=0, temperature=.7, learning_rate=2e-3, lr_scheduler_type="linear",
             adap_kl_ctrl=False, cliprange_value=1., init_kl_coef=.04, lora_rank=16, lora_alpha=32, target_modules="all-linear",
             torch_dtype="float32", save_steps=0)
 

