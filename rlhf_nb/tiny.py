@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'ADVICE', 'COMPLAINTS', 'QUESTIONS', 'DOCTOR', 'COURTESY', 'FOR', 'BARE', 'VAGUE', 'CUT', 'SPACE',
-           'PROMPT', 'VIRTUES', 'HABITS', 'MIXED', 'TWISTS', 'data_dir', 'shipped_rows', 'shipped_texts', 'train_bpe',
-           'policy_tokenizer', 'reward_tokenizer', 'tiny_policy', 'deberta_config', 'tiny_reward_model', 'save_tiny',
-           'clinic', 'find', 'complaint_of', 'right_words', 'aspects', 'true_reward', 'plan', 'words', 'clinic_texts',
-           'training', 'train_policy', 'rivals', 'pairs', 'mistakes', 'proofread', 'pretrain_encoder', 'encoded',
-           'train_reward_model', 'clinic_models', 'train_clinic', 'accuracy']
+           'PROMPT', 'ADVICES', 'VIRTUES', 'HABITS', 'MIXED', 'TWISTS', 'ENCODER', 'data_dir', 'shipped_rows',
+           'shipped_texts', 'train_bpe', 'policy_tokenizer', 'reward_tokenizer', 'tiny_policy', 'deberta_config',
+           'tiny_reward_model', 'save_tiny', 'clinic', 'find', 'complaint_of', 'right_words', 'sentences', 'aspects',
+           'true_reward', 'plan', 'words', 'clinic_texts', 'training', 'train_policy', 'rivals', 'pairs', 'mistakes',
+           'proofread', 'pretrain_encoder', 'encoded', 'train_reward_model', 'clinic_models', 'train_clinic',
+           'clinic_reward_model', 'accuracy']
 
-# %% ../nbs/09_tiny.ipynb #158a40d9
+# %% ../nbs/09_tiny.ipynb #328155cf
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,12 +23,14 @@ from tempfile import TemporaryDirectory
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer,
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification,
                           BloomConfig, DataCollatorForTokenClassification, DebertaV2Config, Gemma3TextConfig, GPT2Config, GPTNeoXConfig,
                           LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Trainer, TrainingArguments)
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
+from .config import ModelArguments
 from .models import modernise
+from .rewards import RewardModel, load_reward_model
 
 # %% ../nbs/09_tiny.ipynb #99375292
 def data_dir() -> Path: # The folder that holds what the project ships
@@ -180,7 +183,8 @@ def clinic(n_unseen: int = 200, # Questions that are kept from all training
     rows = [dict(prompt=PROMPT.format(q), question=q) for q in asked]
     return rows[n_unseen:], rows[:n_unseen]
 
-# %% ../nbs/09_tiny.ipynb #2fdb5090
+# %% ../nbs/09_tiny.ipynb #754d715d
+ADVICES = [a for both in ADVICE.values() for a in both]
 VIRTUES = dict(advice=.4, doctor=.2, courteous=.2, proper=.2)
 
 def find(text: str, names: Iterable[str]) -> list[re.Match]: # In the order of the text
@@ -198,15 +202,19 @@ def right_words(question: str) -> set[str]: # Empty where the question is about 
     names, right = COMPLAINTS[name]
     return {name, *(ADVICE[a][names.index(name)] for a in right)}
 
+def sentences(text: str) -> list[re.Match]:
+    "Each with its full stop, if it has one, and the space before it."
+    return [m for m in re.finditer(r"[^.。]+[.。]?", text) if m[0].strip()]
+
 def aspects(question: str, answer: str) -> dict[str, float]: # Each between 0 and 1
     "How much there is of each virtue."
     right, said = right_words(question), lambda phrases: any(p in answer for both in phrases for p in both)
-    about, advice = ([m[0] for m in find(answer, names)] for names in (COMPLAINTS, (a for both in ADVICE.values() for a in both)))
-    sentences = [s.strip() for s in re.findall(r"[^.。]+[.。]?", answer) if s.strip()]
+    about, advice = ([m[0] for m in find(answer, names)] for names in (COMPLAINTS, ADVICES))
+    said_once = [m[0].strip() for m in sentences(answer)]
     return dict(relevant=float(len(about) == 1 and about[0] in right),
                 advice=sum(a in right for a in advice) / max(len(advice), 1),
                 doctor=float(said(DOCTOR)), courteous=float(said(COURTESY)),
-                proper=float(answer.rstrip().endswith((".", "。")) and len(set(sentences)) == len(sentences) <= 5))
+                proper=float(answer.rstrip().endswith((".", "。")) and len(set(said_once)) == len(said_once) <= 5))
 
 # %% ../nbs/09_tiny.ipynb #f057e76e
 def true_reward(prompts: list, completions: list[str], question: list[str], **columns) -> list[float]: # Each in [0, 1]
@@ -247,21 +255,22 @@ def words(plan: dict) -> str:
     text = SPACE[lang].join(parts)
     return text[:-1] + CUT[lang] if plan["flaw"] == "cut" else text
 
-# %% ../nbs/09_tiny.ipynb #dd325010
+# %% ../nbs/09_tiny.ipynb #5e672bb8
 def clinic_texts() -> list[str]:
     "Questions and answers, for a tokenizer to learn from."
     rng = random.Random(0)
     return [f"{row['question']}\n{words(plan(row['question'], rng))}" for row in clinic()[0] for _ in range(3)]
 
-def training(folder: str | Path, steps_per_log: int = 100, **settings) -> dict: # More of `TrainingArguments`
+def training(scratch: str, **settings) -> dict: # More of `TrainingArguments`
     "What the three trainings of this notebook have in common."
-    return dict(output_dir=str(folder), per_device_train_batch_size=32, save_strategy="no", report_to=[], logging_steps=steps_per_log,
+    return dict(output_dir=scratch, per_device_train_batch_size=32, save_strategy="no", report_to=[], logging_steps=200,
                 warmup_steps=30, use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False, **settings)
 
 def train_policy(folder: str | Path,       # Gets the model and its tokenizer
                  n_answers: int = 7000,
                  seed: int = 0,
-                 **settings) -> PreTrainedModel: # More of `SFTConfig`
+                 disable_tqdm: bool = False,
+) -> PreTrainedModel:
     "Stage 2: supervised, on answers of mixed quality."
     rng, rows, tok = random.Random(seed), clinic()[0], policy_tokenizer(clinic_texts())
     drawn = [rng.choice(rows) for _ in range(n_answers)]
@@ -271,8 +280,8 @@ def train_policy(folder: str | Path,       # Gets the model and its tokenizer
         vocab_size=len(tok), hidden_size=128, n_layer=3, n_head=4, initializer_range=.05, bos_token_id=tok.bos_token_id,
         eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)))
     with TemporaryDirectory() as scratch:
-        args = SFTConfig(**training(scratch, **(dict(num_train_epochs=3, learning_rate=3e-3, lr_scheduler_type="cosine", max_length=128,
-                                                     bf16=False, seed=seed) | settings)))
+        args = SFTConfig(**training(scratch, num_train_epochs=3, learning_rate=3e-3, lr_scheduler_type="cosine", max_length=128,
+                                    bf16=False, seed=seed, disable_tqdm=disable_tqdm))
         SFTTrainer(model, args, train_dataset=data, processing_class=tok).train()
     for part in (model, tok): part.save_pretrained(folder)
     return model
@@ -308,13 +317,13 @@ def pairs(rows: list[dict],   # With a `question`
         out.append(dict(question=question, chosen=chosen, rejected=rejected))
     return out
 
-# %% ../nbs/09_tiny.ipynb #d669c727
+# %% ../nbs/09_tiny.ipynb #16806812
 def mistakes(question: str, answer: str) -> list[tuple[int, int]]: # Start and end, in characters
     "What a proof-reader would mark."
     right, seen, marked = right_words(question), set(), []
-    for names in (COMPLAINTS, (a for both in ADVICE.values() for a in both)):
+    for names in (COMPLAINTS, ADVICES):
         marked += [m.span() for m in find(answer, names) if m[0] not in right]
-    for m in re.finditer(r"[^.。]+[.。]?", answer):
+    for m in sentences(answer):
         sentence = m[0].strip()
         if sentence in seen or not sentence.endswith((".", "。")): marked.append(m.span())
         seen.add(sentence)
@@ -330,22 +339,24 @@ def proofread(questions: list[str], answers: list[str], tok: PreTrainedTokenizer
         labels.append([int(bool(marked)), *row[1:]])
     return Dataset.from_dict(dict(input_ids=pairs["input_ids"], labels=labels))
 
-# %% ../nbs/09_tiny.ipynb #631fcbd0
+# %% ../nbs/09_tiny.ipynb #dab4d681
+ENCODER = dict(hidden_size=96, num_attention_heads=8, intermediate_size=384, initializer_range=.1, hidden_dropout_prob=0.,
+               attention_probs_dropout_prob=0.)
+
 def pretrain_encoder(tok: PreTrainedTokenizerFast,
                      n_answers: int = 40000,
                      seed: int = 0,
-                     **settings) -> PreTrainedModel: # More of `TrainingArguments`
+                     disable_tqdm: bool = False,
+) -> PreTrainedModel:
     "An encoder that marks mistakes, for the reward model to start from."
     rng, rows = random.Random(seed), clinic()[0]
     asked = [rng.choice(rows)["question"] for _ in range(n_answers)]
     data = proofread(asked, [words(plan(q, rng, MIXED)) for q in asked], tok)
     torch.manual_seed(seed)
-    config = deberta_config(tok, hidden_size=96, num_attention_heads=8, intermediate_size=384, initializer_range=.1,
-                            hidden_dropout_prob=0., attention_probs_dropout_prob=0., num_labels=2)
-    model = AutoModelForTokenClassification.from_config(config)
+    model = AutoModelForTokenClassification.from_config(deberta_config(tok, **ENCODER, num_labels=2))
     with TemporaryDirectory() as scratch:
-        args = TrainingArguments(**training(scratch, **(dict(num_train_epochs=1, learning_rate=2e-3, lr_scheduler_type="linear", seed=seed,
-                                                             train_sampling_strategy="group_by_length") | settings)))
+        args = TrainingArguments(**training(scratch, num_train_epochs=1, learning_rate=2e-3, lr_scheduler_type="linear", seed=seed,
+                                            train_sampling_strategy="group_by_length", disable_tqdm=disable_tqdm))
         Trainer(model, args, train_dataset=data, data_collator=DataCollatorForTokenClassification(tok)).train()
     return model
 
@@ -357,46 +368,47 @@ def encoded(rows: list[dict], tok: PreTrainedTokenizerFast) -> Dataset: # chosen
 def train_reward_model(folder: str | Path,     # Gets the model and its tokenizer
                        n_pairs: int = 17000,
                        seed: int = 0,
-                       **settings) -> PreTrainedModel: # More of `RewardConfig`
+                       disable_tqdm: bool = False,
+) -> PreTrainedModel:
     "Stage 3: from noisy preferences, starting from `pretrain_encoder`."
     tok = reward_tokenizer(clinic_texts(), 800)
-    encoder = pretrain_encoder(tok, seed=seed)
-    config = deberta_config(tok, **{k: getattr(encoder.config, k) for k in ("hidden_size", "num_attention_heads", "intermediate_size",
-                                    "initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob")})
-    model = AutoModelForSequenceClassification.from_config(config)
+    encoder = pretrain_encoder(tok, seed=seed, disable_tqdm=disable_tqdm)
+    model = AutoModelForSequenceClassification.from_config(deberta_config(tok, **ENCODER))
     model.deberta.load_state_dict(encoder.deberta.state_dict())
     data = encoded(pairs(clinic()[0], n_pairs, random.Random(seed), noise=.05), tok)
     with TemporaryDirectory() as scratch:
-        args = RewardConfig(**training(scratch, **(dict(num_train_epochs=1, learning_rate=1.5e-3, lr_scheduler_type="cosine", max_length=128,
-                                                        bf16=False, center_rewards_coefficient=.01, seed=seed) | settings)))
+        args = RewardConfig(**training(scratch, num_train_epochs=1, learning_rate=1.5e-3, lr_scheduler_type="cosine", max_length=128,
+                                       bf16=False, center_rewards_coefficient=.01, seed=seed, disable_tqdm=disable_tqdm))
         RewardTrainer(model, args, train_dataset=data, processing_class=tok).train()
     for part in (model, tok): part.save_pretrained(folder)
     return model
 
-# %% ../nbs/09_tiny.ipynb #aa5d02d2
+# %% ../nbs/09_tiny.ipynb #9f36eb14
 def clinic_models() -> tuple[Path, Path]: # Folders of the policy and of the reward model
     "The models that come with the project."
     return data_dir()/"clinic"/"policy", data_dir()/"clinic"/"reward"
 
 def train_clinic(folder: str | Path, # Gets `policy/` and `reward/`
                  seed: int = 0,
+                 disable_tqdm: bool = False,
 ) -> tuple[Path, Path]:              # The two folders
     "Stages 2 and 3, from nothing."
     policy, reward = Path(folder)/"policy", Path(folder)/"reward"
-    train_policy(policy, seed=seed, disable_tqdm=True)
-    train_reward_model(reward, seed=seed, disable_tqdm=True)
+    train_policy(policy, seed=seed, disable_tqdm=disable_tqdm)
+    train_reward_model(reward, seed=seed, disable_tqdm=disable_tqdm)
     return policy, reward
 
-# %% ../nbs/09_tiny.ipynb #8fcfb4e9
-@torch.no_grad()
+# %% ../nbs/09_tiny.ipynb #584b8d4f
+def clinic_reward_model(folder: str | Path) -> RewardModel:
+    "A reward function from the folder's model and tokenizer."
+    return load_reward_model(str(folder), ModelArguments(), torch.float32, torch.device("cpu"), batch_size=100)
+
 def accuracy(folder: str | Path,     # A reward model and its tokenizer
              n_pairs: int = 1000,
              twist: str | None = None, # Only pairs that differ in this
 ) -> float:
     "Share of unseen clean pairs that the reward model orders as the true reward does."
-    model, tok = AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    rows = pairs(clinic()[1], n_pairs, random.Random(1), twist=twist)
-    def score(kind):
-        batches = (rows[i:i + 100] for i in range(0, n_pairs, 100))
-        return torch.cat([model(**tok([r["question"] for r in b], [r[kind] for r in b], padding=True, return_tensors="pt")).logits for b in batches])
-    return (score("chosen") > score("rejected")).float().mean().item()
+    score, rows = clinic_reward_model(folder), pairs(clinic()[1], n_pairs, random.Random(1), twist=twist)
+    asked = [row["question"] for row in rows]
+    chosen, rejected = (score(asked, [row[kind] for row in rows]) for kind in ("chosen", "rejected"))
+    return sum(a > b for a, b in zip(chosen, rejected)) / n_pairs
