@@ -125,7 +125,7 @@ def train(argv: list[str]) -> PPOTrainer:
         for name, value in trainer.evaluate().items(): print(f"{name} {value:.4f}")
     return trainer
 
-# %% ../nbs/10_cli.ipynb #cef63617
+# %% ../nbs/10_cli.ipynb #5cae5c65
 @dataclass
 class DemoArguments:
     "What only the demo has."
@@ -136,8 +136,8 @@ DEMO = dict(output_dir="outputs-demo", model_name_or_path=CLINIC/"policy", rewar
             train_file_dir=CLINIC/"train.jsonl", validation_file_dir=CLINIC/"unseen.jsonl", do_train=True, do_eval=True,
             eval_do_sample=True, max_steps=100, batch_size=64, mini_batch_size=64, num_ppo_epochs=2, max_source_length=64,
             max_target_length=48, min_target_length=0, temperature=.7, learning_rate=2e-3, lr_scheduler_type="linear",
-            adap_kl_ctrl=False, cliprange_value=1., init_kl_coef=.04, lora_rank=16, lora_alpha=32, target_modules="all-linear",
-            torch_dtype="float32", save_steps=0)
+            adap_kl_ctrl=False, init_kl_coef=.04, lam=1., critic="detached", cliprange_value=1., lora_rank=16, lora_alpha=32,
+            target_modules="all-linear", torch_dtype="float32", save_steps=0)
 
 def as_flags(settings: dict) -> list[str]: # --name value --name value ...
     "Settings as they would stand on the command line."
@@ -164,7 +164,7 @@ def demo(argv: list[str]) -> PPOTrainer:
     if own.rebuild:
         check_output_dir(out, args.overwrite_output_dir, bool(args.resume_from_checkpoint))
         logger.info("Training the policy and the reward model: about four minutes on two cores")
-        policy, reward = train_clinic(out/"models")
+        policy, reward = train_clinic(out/"models", disable_tqdm=args.disable_tqdm)
         model_args.model_name_or_path, model_args.reward_model_name_or_path = str(policy), str(reward)
         logger.info("Reward model: %.3f of unseen pairs in the right order", accuracy(reward))
     trainer = make_trainer(model_args, data_args, args, true_reward)

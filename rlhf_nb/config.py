@@ -91,7 +91,7 @@ class KLSettings:
     early_stopping: bool = setting(False, "End an update when the policy has moved too far within it")
     target_kl: Positive = setting(0.1, "Early stopping: an update ends at 1.5 times this, in nats per token")
 
-# %% ../nbs/00_config.ipynb #ecb4e342
+# %% ../nbs/00_config.ipynb #494de898
 @dataclass
 class PPOSettings:
     "The objective (Schulman et al. 2017) and its optimiser."
@@ -103,6 +103,7 @@ class PPOSettings:
     cliprange: Positive = setting(0.2, "The probability ratio is clipped to 1 +- this")
     cliprange_value: Positive = setting(0.2, "A value may move this far from its old value")
     vf_coef: NonNeg = setting(0.1, "Weight of the value loss")
+    critic: Literal["shared", "detached"] = setting("shared", "The value loss trains the policy's layers, too, or only the value head")
     whiten_rewards: bool = setting(False, "Scale token rewards to variance 1 before GAE")
     learning_rate: NonNeg = setting(1.5e-5, "Peak learning rate of AdamW")
     lr_scheduler_type: str = setting("constant", "Schedule by transformers' name: constant, linear, cosine, ...")

@@ -120,9 +120,10 @@ def positions(mask: Tensor, # 1 for real tokens, (B, N)
     "Positions that start at 0 at the first real token."
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
-# %% ../nbs/02_models.ipynb #9c7aac2b
+# %% ../nbs/02_models.ipynb #b4a720a6
 class ActorCritic(nn.Module):
     "A decoder with a value head."
+    critic = "shared"
     def __init__(self, lm: PreTrainedModel | PeftModel): # Its trainable weights become float32
         super().__init__()
         self.lm, self.position_ids = modernise(lm), takes_position_ids(lm)
@@ -153,7 +154,8 @@ class ActorCritic(nn.Module):
                               logits_to_keep=predicting, **extra).logits
         finally: hook.remove()
         with torch.autocast(logits.device.type, enabled=False):
-            values = self.value_head(hidden[0].to(self.value_head.weight)).squeeze(-1)
+            seen = hidden[0].detach() if self.critic == "detached" else hidden[0]
+            values = self.value_head(seen.to(self.value_head.weight)).squeeze(-1)
             logits = sampling_logits(logits, sampling)
             return PolicyOutput(token_logprobs(logits, response_ids), values, token_entropy(logits) if entropy else None)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['keep', 'masked_mean', 'masked_var', 'whiten', 'kl_penalty', 'token_rewards', 'gae', 'policy_loss', 'value_loss',
-           'approx_kl', 'FixedKL', 'AdaptiveKL']
+           'approx_kl', 'explained_variance', 'FixedKL', 'AdaptiveKL']
 
 # %% ../nbs/05_ppo.ipynb #186aa424
 import torch
@@ -86,7 +86,7 @@ def gae(rewards: Tensor, # Per token, (B, T)
         advantages[:, t] = carry
     return advantages, keep(advantages + values, mask)
 
-# %% ../nbs/05_ppo.ipynb #b7f79958
+# %% ../nbs/05_ppo.ipynb #7e25bada
 def policy_loss(logprobs: Tensor,     # Of the policy as it is, (B, T)
                 old_logprobs: Tensor, # Of the policy that wrote the answer, (B, T)
                 advantages: Tensor,   # (B, T)
@@ -116,6 +116,15 @@ def approx_kl(logprobs: Tensor,     # Of the policy as it is, (B, T)
 ) -> Tensor:                        # Scalar, in nats per token
     "How far the policy has moved within this update: half the mean squared log-ratio."
     return 0.5 * masked_mean(keep(logprobs - old_logprobs, mask) ** 2, mask)
+
+def explained_variance(values: Tensor,  # Of the critic when the answers were written, (B, T)
+                       returns: Tensor, # (B, T)
+                       mask: Tensor,    # (B, T)
+) -> Tensor:                            # Scalar, at most 1
+    "Share of the variance of the returns that the critic foresaw; 0 where they do not vary."
+    values, returns = keep(values, mask), keep(returns, mask)
+    total, left = masked_var(returns, mask), masked_var(returns - values, mask)
+    return torch.where(total > 0, 1 - left / total, 0.)
 
 # %% ../nbs/05_ppo.ipynb #7b1826a5
 class FixedKL:

@@ -7,7 +7,7 @@ __all__ = ['logger', 'Experience', 'make_experience', 'micro_batch', 'as_policy'
            'make_optimizer', 'make_leash', 'check_data', 'check_lengths', 'Schedule', 'Parts', 'means', 'Update',
            'deal', 'Verbs', 'rollout_stats', 'update_stats', 'Files', 'Watched', 'PPOTrainer']
 
-# %% ../nbs/06_trainer.ipynb #6be329ad
+# %% ../nbs/06_trainer.ipynb #94981631
 import logging
 import shutil
 import time
@@ -34,8 +34,8 @@ from .checkpoint import (check_output_dir, checkpoints, find_checkpoint, keep_ne
 from .config import ModelArguments, PPOConfig
 from .models import (Policy, Sampling, end_tokens, load_lm, load_weights, lora_targets, prepare_tokenizer,
                             resolve_dtype, save_policy)
-from .ppo import (AdaptiveKL, FixedKL, approx_kl, gae, kl_penalty, masked_mean, masked_var, policy_loss, token_rewards,
-                         value_loss, whiten)
+from .ppo import (AdaptiveKL, FixedKL, approx_kl, explained_variance, gae, kl_penalty, masked_mean, masked_var, policy_loss,
+                         token_rewards, value_loss, whiten)
 from .report import ProgressBar
 from .rewards import RewardModel, Rewards, Scores, load_reward_model
 from .rollout import Rollout, rollout
@@ -162,7 +162,7 @@ class Schedule(DefaultFlowCallback):
         control.should_training_stop |= state.global_step >= state.max_steps
         return control
 
-# %% ../nbs/06_trainer.ipynb #6d1f44a1
+# %% ../nbs/06_trainer.ipynb #4c62a1ec
 class Parts:
     "Models, rewards, optimiser and leash of a run."
     def __init__(self,
@@ -187,6 +187,7 @@ class Parts:
         self.processing_class = prepare_tokenizer(processing_class or AutoTokenizer.from_pretrained(name), name)
         policy = as_policy(model, peft_config, dtype, device)
         check_lengths(policy, args)
+        policy.critic = args.critic
         self.sampling = Sampling(args.temperature, args.min_target_length, end_tokens(policy.lm, self.processing_class))
         self.rewards = make_rewards(reward_funcs, reward_processing_classes, args, dtype, device)
         optimizer, self.lr_scheduler = make_optimizer(policy, args)
@@ -250,7 +251,7 @@ def deal(n: int,      # Prompts
     epochs = {e: order(e) for e in {p // n for p in places}}
     return [int(epochs[p // n][p % n]) for p in places]
 
-# %% ../nbs/06_trainer.ipynb #9691bc9a
+# %% ../nbs/06_trainer.ipynb #539012b9
 class Verbs(Update):
     "A PPO step, by hand."
     def batches(self) -> Iterator[list[dict]]: # Rows of the data set
@@ -287,6 +288,7 @@ class Verbs(Update):
         scores = scores if isinstance(scores, Scores) else Scores(torch.as_tensor(scores, dtype=torch.float32), {})
         stats = rollout_stats(rollout, scores, self.kl_ctl.value, self.args.kl_estimator)
         exp = make_experience(rollout, scores.total.to(rollout.logprobs.device), self.args, self.kl_ctl.value)
+        stats["val/explained_variance"] = explained_variance(exp.values, exp.returns, exp.response_mask).item()
         stats |= self.update(exp) | dict(lr=self.lr_scheduler.get_last_lr()[0])
         self.kl_ctl.update(stats["objective/kl"], len(rollout.rows))
         self.lr_scheduler.step()
@@ -361,7 +363,7 @@ class Files(Verbs):
         for old in checkpoints(self.args.output_dir): shutil.rmtree(old)
         for old in (Path(self.args.output_dir)/"trl").rglob("events.out.tfevents.*"): old.unlink()
 
-# %% ../nbs/06_trainer.ipynb #597166ae
+# %% ../nbs/06_trainer.ipynb #8074691a
 class Watched(Files):
     "Timed, logged, evaluated."
     def timed_step(self, rows: list[dict]) -> dict[str, float]: # Metrics
@@ -388,7 +390,11 @@ class Watched(Files):
 
     def last(self, name: str) -> float: # A metric's newest value; NaN before the first
         "Look a metric up in the history."
-        return next((entry[name] for entry in reversed(self.state.log_history) if name in entry), float("nan"))
+        return (self.history(name) or [float("nan")])[-1]
+
+    def history(self, name: str) -> list[float]: # Oldest first
+        "A metric's values, one for each time that it was logged."
+        return [entry[name] for entry in self.state.log_history if name in entry]
 
     def log_pending(self):
         "Means since the last entry; of what counts or is set, the newest."
