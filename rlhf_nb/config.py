@@ -78,7 +78,7 @@ class RewardSettings:
     reward_batch_size: Count = setting(16, "Question-answer pairs that a reward model reads at once")
     reward_baseline: Finite = setting(0.0, "Subtracted from every score")
 
-# %% ../nbs/00_config.ipynb #beb5e23f
+# %% ../nbs/00_config.ipynb #be10f0a2
 @dataclass
 class KLSettings:
     "How far the policy may go from the reference."
@@ -88,6 +88,7 @@ class KLSettings:
     adap_kl_horizon: Positive = setting(10000, "Answers over which the coefficient adapts")
     kl_estimator: Literal["k1", "abs", "k2", "k3"] = setting(
         "k1", "KL of a token: k1 = log-ratio, abs, k2 = half its square, k3 = unbiased and never negative")
+    kl_in_loss: bool = setting(False, "Put the KL into the loss, with its gradient, instead of into the reward")
     early_stopping: bool = setting(False, "End an update when the policy has moved too far within it")
     target_kl: Positive = setting(0.1, "Early stopping: an update ends at 1.5 times this, in nats per token")
 
@@ -135,7 +136,7 @@ class RunSettings:
         "auto", "Type of the matrix products, and of weights that are not trained")
     seed: Whole = setting(0, "Order of prompts, sampling, initial weights")
 
-# %% ../nbs/00_config.ipynb #a6869fbd
+# %% ../nbs/00_config.ipynb #76795df2
 @dataclass
 class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSettings):
     "Every setting that the trainer reads."
@@ -147,6 +148,8 @@ class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSe
             (rows > self.batch_size, f"mini_batch_size x gradient_accumulation_steps = {rows} is more than batch_size={self.batch_size}"),
             (self.min_target_length > self.max_target_length,
              f"min_target_length={self.min_target_length} is more than max_target_length={self.max_target_length}"),
+            (self.kl_in_loss and self.kl_estimator in ("k1", "abs"),
+             f"kl_in_loss needs kl_estimator k2 or k3: the gradient of {self.kl_estimator} does not lead back to the reference"),
             (self.eval_steps and not self.do_eval, f"eval_steps={self.eval_steps} needs do_eval"),
             (not 0 <= self.adam_beta2 < 1 or not 0 <= self.adam_beta1 < 1, "adam_beta1 and adam_beta2 must be below 1"),
         ]:

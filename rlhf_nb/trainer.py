@@ -43,7 +43,7 @@ from .rollout import Rollout, rollout
 # %% ../nbs/06_trainer.ipynb #060e3a91
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/06_trainer.ipynb #665a8b9d
+# %% ../nbs/06_trainer.ipynb #667f6525
 class Experience(NamedTuple):
     "What the update learns from, (B, P) for queries and (B, T) for the rest."
     query_ids: Tensor      # Prompts, padded on the left
@@ -51,6 +51,7 @@ class Experience(NamedTuple):
     response_ids: Tensor   # Answers, padded on the right
     response_mask: Tensor
     logprobs: Tensor       # When the answer was written
+    ref_logprobs: Tensor   # Under the reference
     values: Tensor         # Likewise
     advantages: Tensor     # Whitened
     returns: Tensor        # What the critic should have said
@@ -66,7 +67,7 @@ def make_experience(rollout: Rollout,
     rewards = token_rewards(scores, kl, mask, kl_coef)
     if args.whiten_rewards: rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.values, mask, args.gamma, args.lam)
-    return Experience(*rollout[3:7], rollout.logprobs, rollout.values, whiten(advantages, mask), returns)
+    return Experience(*rollout[3:7], rollout.logprobs, rollout.ref_logprobs, rollout.values, whiten(advantages, mask), returns)
 
 def micro_batch(exp: Experience, rows: Tensor) -> Experience: # Indices, (n,)
     "Some rows, without the padding that only longer rows needed."
@@ -205,7 +206,7 @@ def means(stats: list[dict[str, float]]) -> dict[str, float]: # Of entries with 
     "The mean of each metric."
     return {k: float(np.mean([s[k] for s in stats])) for k in stats[0]}
 
-# %% ../nbs/06_trainer.ipynb #f540d945
+# %% ../nbs/06_trainer.ipynb #7f5abec3
 class Update(Parts):
     "From experience to new weights."
     def update(self, exp: Experience) -> dict[str, float]: # Means over optimiser steps
@@ -234,7 +235,10 @@ class Update(Parts):
             share = mb.response_mask.sum() / total
             pl, clipped = policy_loss(out.logprobs, mb.logprobs, mb.advantages, mb.response_mask, args.cliprange)
             vl, vclipped = value_loss(out.values, mb.values, mb.returns, mb.response_mask, args.cliprange_value)
-            self.accelerator.backward(share * (pl + args.vf_coef * vl))
+            loss = pl + args.vf_coef * vl
+            if args.kl_in_loss:
+                loss = loss + self.kl_ctl.value * masked_mean(kl_penalty(out.logprobs, mb.ref_logprobs, args.kl_estimator), mb.response_mask)
+            self.accelerator.backward(share * loss)
             with torch.no_grad(): new = update_stats(out.logprobs, mb, pl, vl, clipped, vclipped)
             stats = {k: stats.get(k, 0.) + share.item() * v.item() for k, v in new.items()}
         return stats
@@ -251,7 +255,7 @@ def deal(n: int,      # Prompts
     epochs = {e: order(e) for e in {p // n for p in places}}
     return [int(epochs[p // n][p % n]) for p in places]
 
-# %% ../nbs/06_trainer.ipynb #539012b9
+# %% ../nbs/06_trainer.ipynb #d17910cf
 class Verbs(Update):
     "A PPO step, by hand."
     def batches(self) -> Iterator[list[dict]]: # Rows of the data set
@@ -286,8 +290,9 @@ class Verbs(Update):
     ) -> dict[str, float]:                           # Metrics
         "One PPO update from scored answers."
         scores = scores if isinstance(scores, Scores) else Scores(torch.as_tensor(scores, dtype=torch.float32), {})
-        stats = rollout_stats(rollout, scores, self.kl_ctl.value, self.args.kl_estimator)
-        exp = make_experience(rollout, scores.total.to(rollout.logprobs.device), self.args, self.kl_ctl.value)
+        kl_coef = 0. if self.args.kl_in_loss else self.kl_ctl.value
+        stats = rollout_stats(rollout, scores, kl_coef, self.args.kl_estimator) | {"objective/kl_coef": self.kl_ctl.value}
+        exp = make_experience(rollout, scores.total.to(rollout.logprobs.device), self.args, kl_coef)
         stats["val/explained_variance"] = explained_variance(exp.values, exp.returns, exp.response_mask).item()
         stats |= self.update(exp) | dict(lr=self.lr_scheduler.get_last_lr()[0])
         self.kl_ctl.update(stats["objective/kl"], len(rollout.rows))
@@ -296,7 +301,7 @@ class Verbs(Update):
         if self.train_dataset is not None: self.state.epoch = self.state.global_step * self.args.batch_size / len(self.train_dataset)
         return stats | dict(episode=self.state.global_step * self.args.batch_size)
 
-# %% ../nbs/06_trainer.ipynb #e5bacf25
+# %% ../nbs/06_trainer.ipynb #aa5f9134
 @torch.no_grad()
 def rollout_stats(rollout: Rollout,
                   scores: Scores,
@@ -311,7 +316,7 @@ def rollout_stats(rollout: Rollout,
     each = {f"rewards/{k}": v.nanmean().item() for k, v in scores.by_name.items()} if len(scores.by_name) > 1 else {}
     return {"objective/kl": kl, "objective/entropy": total(rollout.entropy), "objective/scores": score,
             "objective/scores_std": scores.total.std(correction=0).item(), "objective/non_score_reward": -paid,
-            "objective/rlhf_reward": score - paid, "objective/kl_coef": kl_coef, **each,
+            "objective/rlhf_reward": score - paid, **each,
             "policy/entropy_avg": masked_mean(rollout.entropy, mask).item(), "val/num_eos_tokens": rollout.ended.sum().item(),
             "tokens/responses": mask.sum(1).float().mean().item()}
 
