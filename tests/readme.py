@@ -1,4 +1,5 @@
 """Writes README.md from nbs/index.ipynb, without the cells that are hidden there."""
+import re
 from pathlib import Path
 
 import nbformat
@@ -15,6 +16,7 @@ def render() -> str:
     for cell in nb.cells:
         if cell.cell_type == "code": cell.source = "\n".join(l for l in cell.source.split("\n") if not l.startswith("#|"))
     text, _ = MarkdownExporter().from_notebook_node(nb)
+    text = re.sub(r"\]\(([\w.]+\.(?:ipynb|png))\)", r"](nbs/\1)", text)
     return "<!-- Made from nbs/index.ipynb by `make readme`; edit the notebook. -->\n\n" + text.strip() + "\n"
 
 

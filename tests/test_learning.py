@@ -7,7 +7,7 @@ from conftest import ROOT
 
 from rlhf_nb.cli import demo
 from rlhf_nb.tiny import accuracy, clinic_models, train_clinic
-from rlhf_nb.yardstick import CONTROLS, PEERS, peer, ppo, unseen
+from rlhf_nb.yardstick import CONTROLS, PEERS, course, first_at, peer, ppo, unseen
 
 SEEDS = range(5)
 
@@ -15,7 +15,6 @@ SEEDS = range(5)
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
     "The demo with five seeds: true reward before and after, and the course of each."
-    from rlhf_nb.yardstick import course
     runs = []
     for seed in SEEDS:
         trainer = ppo(tmp_path_factory.mktemp("seed"), seed=seed)
@@ -24,16 +23,10 @@ def seeds(tmp_path_factory):
     return runs
 
 
-def first_at(course, level=.9, over=10):
-    "Rollouts until the mean of ten batches reaches the level."
-    means = [(course["rollouts"][i], mean(course["true_reward"][i - over:i])) for i in range(over, len(course["rollouts"]))]
-    return next((n for n, reward in means if reward >= level), float("inf"))
-
-
 def test_the_demo_learns_and_says_so(tmp_path, capsys):
     trainer = demo(["--output_dir", str(tmp_path/"demo"), "--disable_tqdm", "--max_steps", "25", "--max_eval_samples", "100"])
     before, after = unseen(trainer)
-    assert before <= .65 and after >= before + .15
+    assert before <= .65 and after >= before + .15 and trainer.last("objective/kl") > 1
     out = capsys.readouterr().out
     assert all(text in out for text in ("Answers to unseen questions", "true reward", "tensorboard --logdir"))
     summary = json.loads((tmp_path/"demo"/"summary.json").read_text())
@@ -63,9 +56,18 @@ def test_controls_learn_nothing(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_without_a_leash_the_reward_model_is_fooled(tmp_path):
+    trainer = ppo(tmp_path, max_steps=300, init_kl_coef=0., eval_steps=15, lr_scheduler_type="constant")
+    trainer.train()
+    true, score = unseen(trainer), trainer.history("eval/scores")
+    best = true.index(max(true))
+    assert true[best] >= .85 and min(true[best:]) <= true[best] - .15 and max(score[best:]) > score[best], (true, score)
+
+
+@pytest.mark.slow
 def test_as_few_rollouts_as_the_better_peer(seeds, tmp_path):
-    ours = mean(first_at(run[1]) for run in seeds)
-    assert ours <= min(first_at(peer(name, tmp_path/name)[0]) for name in PEERS)
+    theirs = [mean(first_at(peer(name, tmp_path/name, seed)[0]) for seed in range(3)) for name in PEERS]
+    assert mean(first_at(run[1]) for run in seeds) <= min(theirs)
 
 
 @pytest.mark.slow
