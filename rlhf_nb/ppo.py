@@ -86,7 +86,7 @@ def gae(rewards: Tensor, # Per token, (B, T)
         advantages[:, t] = carry
     return advantages, keep(advantages + values, mask)
 
-# %% ../nbs/05_ppo.ipynb #7e25bada
+# %% ../nbs/05_ppo.ipynb #a86737d1
 def policy_loss(logprobs: Tensor,     # Of the policy as it is, (B, T)
                 old_logprobs: Tensor, # Of the policy that wrote the answer, (B, T)
                 advantages: Tensor,   # (B, T)
@@ -122,7 +122,6 @@ def explained_variance(values: Tensor,  # Of the critic when the answers were wr
                        mask: Tensor,    # (B, T)
 ) -> Tensor:                            # Scalar, at most 1
     "Share of the variance of the returns that the critic foresaw; 0 where they do not vary."
-    values, returns = keep(values, mask), keep(returns, mask)
     total, left = masked_var(returns, mask), masked_var(returns - values, mask)
     return torch.where(total > 0, 1 - left / total, 0.)
 

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'ADVICE', 'COMPLAINTS', 'QUESTIONS', 'DOCTOR', 'COURTESY', 'FOR', 'BARE', 'VAGUE', 'CUT', 'SPACE',
-           'PROMPT', 'ADVICES', 'VIRTUES', 'HABITS', 'MIXED', 'TWISTS', 'ENCODER', 'data_dir', 'shipped_rows',
+           'PROMPT', 'ADVICES', 'VIRTUES', 'HABITS', 'MIXED', 'TWISTS', 'ENCODER', 'CLINIC', 'data_dir', 'shipped_rows',
            'shipped_texts', 'train_bpe', 'policy_tokenizer', 'reward_tokenizer', 'tiny_policy', 'deberta_config',
            'tiny_reward_model', 'save_tiny', 'clinic', 'find', 'complaint_of', 'right_words', 'sentences', 'aspects',
-           'true_reward', 'plan', 'words', 'clinic_texts', 'training', 'train_policy', 'rivals', 'pairs', 'mistakes',
+           'true_reward', 'plan', 'words', 'clinic_texts', 'fit', 'train_policy', 'rivals', 'pairs', 'mistakes',
            'proofread', 'pretrain_encoder', 'encoded', 'train_reward_model', 'clinic_models', 'train_clinic',
            'clinic_reward_model', 'accuracy']
 
-# %% ../nbs/09_tiny.ipynb #328155cf
+# %% ../nbs/09_tiny.ipynb #f971c0b3
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -255,16 +255,19 @@ def words(plan: dict) -> str:
     text = SPACE[lang].join(parts)
     return text[:-1] + CUT[lang] if plan["flaw"] == "cut" else text
 
-# %% ../nbs/09_tiny.ipynb #5e672bb8
+# %% ../nbs/09_tiny.ipynb #86d1d965
 def clinic_texts() -> list[str]:
     "Questions and answers, for a tokenizer to learn from."
     rng = random.Random(0)
     return [f"{row['question']}\n{words(plan(row['question'], rng))}" for row in clinic()[0] for _ in range(3)]
 
-def training(scratch: str, **settings) -> dict: # More of `TrainingArguments`
-    "What the three trainings of this notebook have in common."
-    return dict(output_dir=scratch, per_device_train_batch_size=32, save_strategy="no", report_to=[], logging_steps=200,
-                warmup_steps=30, use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False, **settings)
+def fit(config: type[TrainingArguments],
+        trainer: Callable[[TrainingArguments], Trainer], # Makes one from its settings
+        **settings):                                     # More of `config`
+    "What the three trainings of this notebook have in common; only the model is kept."
+    with TemporaryDirectory() as scratch:
+        trainer(config(output_dir=scratch, per_device_train_batch_size=32, save_strategy="no", report_to=[], logging_steps=200, warmup_steps=30,
+                       use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False, **settings)).train()
 
 def train_policy(folder: str | Path,       # Gets the model and its tokenizer
                  n_answers: int = 7000,
@@ -279,10 +282,8 @@ def train_policy(folder: str | Path,       # Gets the model and its tokenizer
     model = modernise(AutoModelForCausalLM.from_config(BloomConfig(
         vocab_size=len(tok), hidden_size=128, n_layer=3, n_head=4, initializer_range=.05, bos_token_id=tok.bos_token_id,
         eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)))
-    with TemporaryDirectory() as scratch:
-        args = SFTConfig(**training(scratch, num_train_epochs=3, learning_rate=3e-3, lr_scheduler_type="cosine", max_length=128,
-                                    bf16=False, seed=seed, disable_tqdm=disable_tqdm))
-        SFTTrainer(model, args, train_dataset=data, processing_class=tok).train()
+    fit(SFTConfig, lambda args: SFTTrainer(model, args, train_dataset=data, processing_class=tok), num_train_epochs=3, learning_rate=3e-3,
+        lr_scheduler_type="cosine", max_length=128, bf16=False, seed=seed, disable_tqdm=disable_tqdm)
     for part in (model, tok): part.save_pretrained(folder)
     return model
 
@@ -339,7 +340,7 @@ def proofread(questions: list[str], answers: list[str], tok: PreTrainedTokenizer
         labels.append([int(bool(marked)), *row[1:]])
     return Dataset.from_dict(dict(input_ids=pairs["input_ids"], labels=labels))
 
-# %% ../nbs/09_tiny.ipynb #dab4d681
+# %% ../nbs/09_tiny.ipynb #7e2fc35b
 ENCODER = dict(hidden_size=96, num_attention_heads=8, intermediate_size=384, initializer_range=.1, hidden_dropout_prob=0.,
                attention_probs_dropout_prob=0.)
 
@@ -354,10 +355,9 @@ def pretrain_encoder(tok: PreTrainedTokenizerFast,
     data = proofread(asked, [words(plan(q, rng, MIXED)) for q in asked], tok)
     torch.manual_seed(seed)
     model = AutoModelForTokenClassification.from_config(deberta_config(tok, **ENCODER, num_labels=2))
-    with TemporaryDirectory() as scratch:
-        args = TrainingArguments(**training(scratch, num_train_epochs=1, learning_rate=2e-3, lr_scheduler_type="linear", seed=seed,
-                                            train_sampling_strategy="group_by_length", disable_tqdm=disable_tqdm))
-        Trainer(model, args, train_dataset=data, data_collator=DataCollatorForTokenClassification(tok)).train()
+    fit(TrainingArguments, lambda args: Trainer(model, args, train_dataset=data, data_collator=DataCollatorForTokenClassification(tok)),
+        num_train_epochs=1, learning_rate=2e-3, lr_scheduler_type="linear", seed=seed, train_sampling_strategy="group_by_length",
+        disable_tqdm=disable_tqdm)
     return model
 
 def encoded(rows: list[dict], tok: PreTrainedTokenizerFast) -> Dataset: # chosen_ids, rejected_ids
@@ -376,17 +376,18 @@ def train_reward_model(folder: str | Path,     # Gets the model and its tokenize
     model = AutoModelForSequenceClassification.from_config(deberta_config(tok, **ENCODER))
     model.deberta.load_state_dict(encoder.deberta.state_dict())
     data = encoded(pairs(clinic()[0], n_pairs, random.Random(seed), noise=.05), tok)
-    with TemporaryDirectory() as scratch:
-        args = RewardConfig(**training(scratch, num_train_epochs=1, learning_rate=1.5e-3, lr_scheduler_type="cosine", max_length=128,
-                                       bf16=False, center_rewards_coefficient=.01, seed=seed, disable_tqdm=disable_tqdm))
-        RewardTrainer(model, args, train_dataset=data, processing_class=tok).train()
+    fit(RewardConfig, lambda args: RewardTrainer(model, args, train_dataset=data, processing_class=tok), num_train_epochs=1,
+        learning_rate=1.5e-3, lr_scheduler_type="cosine", max_length=128, bf16=False, center_rewards_coefficient=.01, seed=seed,
+        disable_tqdm=disable_tqdm)
     for part in (model, tok): part.save_pretrained(folder)
     return model
 
-# %% ../nbs/09_tiny.ipynb #9f36eb14
+# %% ../nbs/09_tiny.ipynb #79cf7465
+CLINIC = data_dir()/"clinic"
+
 def clinic_models() -> tuple[Path, Path]: # Folders of the policy and of the reward model
     "The models that come with the project."
-    return data_dir()/"clinic"/"policy", data_dir()/"clinic"/"reward"
+    return CLINIC/"policy", CLINIC/"reward"
 
 def train_clinic(folder: str | Path, # Gets `policy/` and `reward/`
                  seed: int = 0,

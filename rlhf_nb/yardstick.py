@@ -72,7 +72,7 @@ def constant(reward: Callable) -> Callable:
 CONTROLS = dict(shuffled=dict(change=shuffled, kl_in_loss=True, kl_estimator="k3"), constant=dict(change=constant),
                 still=dict(learning_rate=0., max_steps=5))
 
-# %% ../nbs/10_yardstick.ipynb #f40b0db9
+# %% ../nbs/10_yardstick.ipynb #f336180e
 PEERS = dict(RLOO=(RLOOTrainer, RLOOConfig, 4e-3), GRPO=(GRPOTrainer, GRPOConfig, 2e-3))
 
 def peer(name: str,                # A key of `PEERS`
@@ -89,7 +89,7 @@ def peer(name: str,                # A key of `PEERS`
         max_completion_length=args.max_target_length, temperature=args.temperature, beta=args.init_kl_coef, reward_weights=[1., 0.],
         learning_rate=learning_rate, lr_scheduler_type=args.lr_scheduler_type, logging_steps=1, save_strategy="no", report_to=[],
         disable_tqdm=True, use_cpu=True, bf16=False, seed=seed) | settings))
-    lora = LoraConfig(r=model_args.lora_rank, lora_alpha=model_args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=model_args.lora_rank, lora_alpha=model_args.lora_alpha, target_modules=model_args.target_modules, task_type="CAUSAL_LM")
     trainer = trainer_class(AutoModelForCausalLM.from_pretrained(policy), [clinic_reward_model(reward), true_reward], config, Dataset.from_list(clinic()[0]),
                             processing_class=tok, peft_config=lora)
     trainer.remove_callback(PrinterCallback)

@@ -27,30 +27,29 @@ def make(arch, folder, lora, pad_is_eos=False, **settings):
               min_target_length=2, temperature=.8, learning_rate=1e-3, adam_epsilon=1e-3, weight_decay=.01, max_grad_norm=.5,
               torch_dtype="float32", log_with="none", disable_tqdm=True)
     trainer = PPOTrainer(policy, lambda prompts, **k: [0.] * len(prompts), PPOConfig(**kw | settings), processing_class=tok)
-    ends = (tok.eos_token_id, *range(5, 1000, 4))
-    trainer.sampling = trainer.sampling._replace(eos_token_ids=ends)
-    return trainer, ends
+    trainer.sampling = trainer.sampling._replace(eos_token_ids=(tok.eos_token_id, *range(5, 1000, 4)))
+    return trainer
 
 
-def look(policy, lm, query, answer, args, ends):
+def look(policy, lm, query, answer, sampling):
     "Log-probs, values and entropy of one answer, from the full logits of one row."
     out = lm(input_ids=torch.cat([query, answer])[None], output_hidden_states=True, use_cache=False)
     places = slice(len(query) - 1, len(query) + len(answer) - 1)
-    logits = out.logits[0, places] / args.temperature
-    early = torch.arange(len(answer))[:, None] < args.min_target_length
-    ending = torch.zeros(logits.shape[1], dtype=torch.bool).index_fill(0, torch.tensor(ends), True)
+    logits = out.logits[0, places] / sampling.temperature
+    early = torch.arange(len(answer))[:, None] < sampling.min_length
+    ending = torch.zeros(logits.shape[1], dtype=torch.bool).index_fill(0, torch.tensor(sampling.eos_token_ids), True)
     dist = torch.distributions.Categorical(logits=logits.masked_fill(early & ending, -torch.inf))
     return dist.log_prob(answer), policy.value_head(out.hidden_states[-1][0, places])[:, 0], dist
 
 
-def plain_step(policy, ref, rows, scores, args, ends, orders, kl_coef):
+def plain_step(policy, ref, rows, scores, args, sampling, orders):
     "The weights after one update; `orders` are the rows of each epoch."
     old = []
     with torch.no_grad():
         for (query, answer), score in zip(rows, scores):
-            lp, v, _ = look(policy, policy.lm, query, answer, args, ends)
-            gap = lp - look(policy, ref, query, answer, args, ends)[0]
-            reward = [-kl_coef * g.item() for g in gap]
+            lp, v, _ = look(policy, policy.lm, query, answer, sampling)
+            gap = lp - look(policy, ref, query, answer, sampling)[0]
+            reward = [-args.init_kl_coef * g.item() for g in gap]
             reward[-1] += score
             v, n = v.tolist(), len(answer)
             errors = [reward[t] + args.gamma * (v[t + 1] if t + 1 < n else 0) - v[t] for t in range(n)]
@@ -66,7 +65,7 @@ def plain_step(policy, ref, rows, scores, args, ends, orders, kl_coef):
             group, loss = order[start:start + size], 0.
             tokens = sum(len(rows[i][1]) for i in group)
             for i in group:
-                lp, v, _ = look(policy, policy.lm, *rows[i], args, ends)
+                lp, v, _ = look(policy, policy.lm, *rows[i], sampling)
                 old_lp, old_v, _, target = old[i]
                 for t in range(len(lp)):
                     ratio, a = (lp[t] - old_lp[t]).exp(), white[i][t]
@@ -93,7 +92,7 @@ def without_adapter(lm):
     return call
 
 
-def compare(trainer, ends):
+def compare(trainer):
     "The step of the trainer, and the same written out, from the same answers."
     args, policy = trainer.args, trainer.policy
     plain = deepcopy(policy)
@@ -107,7 +106,7 @@ def compare(trainer, ends):
     before = [p.detach().clone() for p in policy.parameters() if p.requires_grad]
     trainer.step(out, scores)
     ref = without_adapter(plain.lm) if plain.ref_lm is None else plain.ref_lm
-    want = plain_step(plain, ref, rows, scores, args, ends, epochs, args.init_kl_coef)
+    want = plain_step(plain, ref, rows, scores, args, trainer.sampling, epochs)
     got = [p for p in policy.parameters() if p.requires_grad]
     assert max((a - b).abs().max() for a, b in zip(before, got)) > 1e-4
     return max((a - b).abs().max().item() for a, b in zip(want, got))
@@ -116,15 +115,15 @@ def compare(trainer, ends):
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("arch", DECODERS)
 def test_a_step_is_the_plain_step(arch, lora, tmp_path):
-    assert compare(*make(arch, tmp_path, lora)) < 1e-5
+    assert compare(make(arch, tmp_path, lora)) < 1e-5
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_where_pad_is_eos(lora, tmp_path):
-    assert compare(*make("llama", tmp_path, lora, pad_is_eos=True)) < 1e-5
+    assert compare(make("llama", tmp_path, lora, pad_is_eos=True)) < 1e-5
 
 
 @pytest.mark.parametrize("settings", [dict(mini_batch_size=5, gradient_accumulation_steps=1), dict(mini_batch_size=1, gradient_accumulation_steps=3),
                                       dict(lam=.5, gamma=.9, cliprange=.001, cliprange_value=.01), dict(vf_coef=2., learning_rate=5e-3)], ids=str)
 def test_with_other_settings(settings, tmp_path):
-    assert compare(*make("bloom", tmp_path, True, **settings)) < 1e-5
+    assert compare(make("bloom", tmp_path, True, **settings)) < 1e-5
