@@ -125,7 +125,7 @@ def train(argv: list[str]) -> PPOTrainer:
         for name, value in trainer.evaluate().items(): print(f"{name} {value:.4f}")
     return trainer
 
-# %% ../nbs/10_cli.ipynb #d985df6b
+# %% ../nbs/10_cli.ipynb #fecbfc56
 @dataclass
 class DemoArguments:
     "What only the demo has."
@@ -136,19 +136,19 @@ DEMO = dict(output_dir="outputs-demo", model_name_or_path=CLINIC/"policy", rewar
             eval_do_sample=True, max_steps=100, batch_size=64, mini_batch_size=64, num_ppo_epochs=2, max_source_length=64,
             max_target_length=48, min_target_length=0, temperature=.7, learning_rate=2e-3, lr_scheduler_type="linear",
             adap_kl_ctrl=False, init_kl_coef=.04, lam=1., critic="detached", cliprange_value=1., lora_rank=16, lora_alpha=32,
-            target_modules="all-linear", torch_dtype="float32", save_steps=0)
+            target_modules="all-linear", torch_dtype="float32", save_steps=0, reward_weights=[1, 0])
 
 def as_flags(settings: dict) -> list[str]: # --name value --name value ...
     "Settings as they would stand on the command line."
-    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    several = lambda value: value if isinstance(value, (list, tuple)) else [value]
+    return [text for name, value in settings.items() for text in (f"--{name}", *map(str, several(value)))]
 
 def demo_settings(argv: list[str]) -> tuple: # Instances of the four classes of settings
     "The demo's settings, with the user's flags over them."
     parser = Parser((ModelArguments, DataArguments, PPOConfig, DemoArguments), prog="rlhf-nb demo", allow_abbrev=False,
                     description="PPO in a tiny world with a known true reward.")
     own_folder = not any(a.split("=")[0] in ("--output_dir", "--output-dir") for a in argv)
-    weights = ["--reward_weights", "1", "0"]
-    return parser.read([*as_flags(DEMO | dict(overwrite_output_dir=own_folder)), *weights, *argv])
+    return parser.read([*as_flags(DEMO | dict(overwrite_output_dir=own_folder)), *argv])
 
 def answers_to(trainer: PPOTrainer, n: int = 6) -> tuple[Rollout, list[float]]: # With their true rewards
     "Answers to the first validation prompts, always with the same draws."

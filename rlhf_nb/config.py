@@ -58,7 +58,7 @@ def validate(config: Any): # A dataclass instance
         value = getattr(config, f.name)
         if problem := complaint(value, hints[f.name]): raise ValueError(f"{f.name}={value!r}: {problem}")
 
-# %% ../nbs/00_config.ipynb #372ff2f2
+# %% ../nbs/00_config.ipynb #14e94575
 @dataclass
 class SamplingSettings:
     "How answers are written."
@@ -67,9 +67,10 @@ class SamplingSettings:
     max_source_length: Count = setting(256, "Longest prompt, in tokens")
     max_target_length: Count = setting(256, "Longest answer, in tokens")
     min_target_length: Whole = setting(4, "Tokens before an answer may end")
+    stop_strings: list[str] | None = setting(None, "Texts that end an answer, too, and are cut from it: the user's turn marker, say")
     temperature: Positive = setting(1.0, "Sampling temperature, in effect wherever log-probs are computed")
 
-# %% ../nbs/00_config.ipynb #39da1671
+# %% ../nbs/00_config.ipynb #b7ae6e77
 @dataclass
 class RewardSettings:
     "How answers are scored."
@@ -77,6 +78,11 @@ class RewardSettings:
     reward_label: str | None = setting(None, "Label of a reward model that has several: its index or its name")
     reward_batch_size: Count = setting(16, "Question-answer pairs that a reward model reads at once")
     reward_baseline: Finite = setting(0.0, "Subtracted from every score")
+    use_score_scaling: bool = setting(False, "Divide scores by the standard deviation of all scores so far")
+    use_score_norm: bool = setting(False, "With use_score_scaling: subtract their mean first")
+    score_clip: Positive | None = setting(None, "Scores count within +- this, after scaling")
+    missing_eos_penalty: NonNeg = setting(0.0, "Lost by an answer that reached max_target_length without ending")
+    length_penalty: NonNeg = setting(0.0, "Lost for every token of an answer")
 
 # %% ../nbs/00_config.ipynb #be10f0a2
 @dataclass
@@ -92,7 +98,7 @@ class KLSettings:
     early_stopping: bool = setting(False, "End an update when the policy has moved too far within it")
     target_kl: Positive = setting(0.1, "Early stopping: an update ends at 1.5 times this, in nats per token")
 
-# %% ../nbs/00_config.ipynb #494de898
+# %% ../nbs/00_config.ipynb #a54c1e48
 @dataclass
 class PPOSettings:
     "The objective (Schulman et al. 2017) and its optimiser."
@@ -102,9 +108,15 @@ class PPOSettings:
     gamma: Unit = setting(1.0, "Discount per token")
     lam: Unit = setting(0.95, "GAE lambda: 0 trusts the critic, 1 the rewards")
     cliprange: Positive = setting(0.2, "The probability ratio is clipped to 1 +- this")
-    cliprange_value: Positive = setting(0.2, "A value may move this far from its old value")
+    cliprange_high: Positive | None = setting(None, "Upwards it is clipped to 1 + this; default: as downwards")
+    dual_clip: Positive | None = setting(None, "Bound of the ratio where the advantage is negative: 3, say; default: none")
+    cliprange_value: Positive | None = setting(0.2, "A value may move this far from its old value; None: as far as it likes")
     vf_coef: NonNeg = setting(0.1, "Weight of the value loss")
-    critic: Literal["shared", "detached"] = setting("shared", "The value loss trains the policy's layers, too, or only the value head")
+    critic: Literal["shared", "detached", "adapter"] = setting(
+        "shared", "The value loss trains the policy's layers, too; only the value head; or a LoRA adapter of its own on the same base")
+    critic_warmup_steps: Whole = setting(0, "Updates in which only the critic learns")
+    ent_coef: NonNeg = setting(0.0, "Weight of the entropy bonus")
+    ptx_coef: NonNeg = setting(0.0, "Weight of the supervised loss on the data set's answers (PPO-ptx)")
     whiten_rewards: bool = setting(False, "Scale token rewards to variance 1 before GAE")
     learning_rate: NonNeg = setting(1.5e-5, "Peak learning rate of AdamW")
     lr_scheduler_type: str = setting("constant", "Schedule by transformers' name: constant, linear, cosine, ...")
@@ -114,6 +126,9 @@ class PPOSettings:
     adam_beta2: Unit = setting(0.999, "AdamW: decay of the variance")
     adam_epsilon: Positive = setting(1e-8, "AdamW: epsilon")
     max_grad_norm: Positive | None = setting(1.0, "Clip the gradient's norm at every optimiser step; None: do not")
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = setting(
+        "adamw_torch", "8bit: states of a byte per weight, with bitsandbytes; paged: they may move to main memory")
+    gradient_checkpointing: bool = setting(False, "Compute activations again in the backward pass instead of keeping them")
 
 # %% ../nbs/00_config.ipynb #c5215098
 @dataclass
@@ -136,7 +151,7 @@ class RunSettings:
         "auto", "Type of the matrix products, and of weights that are not trained")
     seed: Whole = setting(0, "Order of prompts, sampling, initial weights")
 
-# %% ../nbs/00_config.ipynb #76795df2
+# %% ../nbs/00_config.ipynb #d3c82cb3
 @dataclass
 class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSettings):
     "Every setting that the trainer reads."
@@ -148,8 +163,12 @@ class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSe
             (rows > self.batch_size, f"mini_batch_size x gradient_accumulation_steps = {rows} is more than batch_size={self.batch_size}"),
             (self.min_target_length > self.max_target_length,
              f"min_target_length={self.min_target_length} is more than max_target_length={self.max_target_length}"),
+            ("" in (self.stop_strings or []), "stop_strings: an empty text would end every answer"),
+            (self.use_score_norm and not self.use_score_scaling, "use_score_norm needs use_score_scaling"),
             (self.kl_in_loss and self.kl_estimator in ("k1", "abs"),
              f"kl_in_loss needs kl_estimator k2 or k3: the gradient of {self.kl_estimator} does not lead back to the reference"),
+            (self.dual_clip is not None and self.dual_clip <= 1 + max(self.cliprange, self.cliprange_high or 0),
+             f"dual_clip={self.dual_clip} must lie above 1 + cliprange"),
             (self.eval_steps and not self.do_eval, f"eval_steps={self.eval_steps} needs do_eval"),
             (not 0 <= self.adam_beta2 < 1 or not 0 <= self.adam_beta1 < 1, "adam_beta1 and adam_beta2 must be below 1"),
         ]:
@@ -184,7 +203,7 @@ class ModelArguments:
             raise ValueError("load_in_8bit and load_in_4bit need use_peft: quantised weights cannot be trained")
         if self.peft_path and not self.use_peft: raise ValueError(f"peft_path={self.peft_path} needs use_peft")
 
-# %% ../nbs/00_config.ipynb #14c39333
+# %% ../nbs/00_config.ipynb #efb2abd8
 @dataclass
 class DataArguments:
     "Which prompts, and how they are read."
@@ -196,6 +215,7 @@ class DataArguments:
     max_train_samples: Count | None = setting(None, "Training prompts to keep")
     max_eval_samples: Count | None = setting(None, "Validation prompts to keep")
     prompt_template: Literal["alpaca", "chat"] = setting("alpaca", "alpaca: the original's wording; chat: the tokenizer's chat template")
+    system_prompt: str | None = setting(None, "System message for conversations that have none; in the alpaca template it is the header")
     on_bad_row: Literal["error", "skip"] = setting("error", "A row that cannot be read ends the run, or is skipped and counted")
     preprocessing_num_workers: Count | None = setting(None, "Processes that fetch and read a hub data set")
     overwrite_cache: bool = setting(False, "Fetch a hub data set again")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'SUFFIXES', 'ROLES', 'HEADER', 'find_files', 'BadRow', 'parse_json', 'read_text', 'read_rows', 'need',
-           'writable', 'from_alpaca', 'from_turns', 'normalise', 'alpaca_prompt', 'chat_prompt', 'encode_prompt',
-           'longest_prefix', 'fit', 'fit_text', 'prepare', 'good_rows', 'unique', 'to_dataset', 'load_split',
-           'file_rows', 'hub_rows', 'load_prompts']
+           'writable', 'from_alpaca', 'from_turns', 'normalise', 'alpaca_prompt', 'with_system', 'chat_prompt',
+           'encode_prompt', 'longest_prefix', 'fit', 'fit_text', 'prepare', 'good_rows', 'unique', 'to_dataset',
+           'load_split', 'file_rows', 'hub_rows', 'load_prompts']
 
 # %% ../nbs/01_data.ipynb #06ff8ca4
 import csv
@@ -154,6 +154,16 @@ def alpaca_prompt(messages: list[dict], # Ends with a user's message
         else: text += m["content"]
     return text
 
+# %% ../nbs/01_data.ipynb #546b76af
+def with_system(render: Callable[[list[dict]], str], # Messages to prompt
+                system: str | None,                  # The system message; None: none
+) -> Callable[[list[dict]], str]:
+    "The same, after a system message where there is none."
+    def spoken(messages):
+        has_one = system is None or (messages and messages[0]["role"] == "system")
+        return render(messages if has_one else [dict(role="system", content=system), *messages])
+    return spoken
+
 # %% ../nbs/01_data.ipynb #c3095259
 def chat_prompt(messages: list[dict],               # Ends with a user's message
                 tokenizer: PreTrainedTokenizerBase, # With a chat template
@@ -259,7 +269,7 @@ def unique(rows: list[dict], # Prepared rows
     "Rows without those whose prompt came before."
     return list({row["prompt"]: row for row in reversed(rows)}.values())[::-1]
 
-# %% ../nbs/01_data.ipynb #8448fe4d
+# %% ../nbs/01_data.ipynb #f209f320
 def to_dataset(rows: list[dict],  # Prepared rows, perhaps with different columns
                seed: int,         # Of the order
 ) -> Dataset:
@@ -280,7 +290,7 @@ def load_split(rows: Iterator[tuple[str, Any]],              # Places and rows
     chat = lambda messages: chat_prompt(messages, tokenizer)
     def ready(row: Any, where: str) -> dict:
         is_chat = args.prompt_template == "chat" or isinstance(row, dict) and isinstance(row.get("prompt"), list)
-        return prepare(row, where, chat if is_chat else alpaca_prompt, length, max_length)
+        return prepare(row, where, with_system(chat if is_chat else alpaca_prompt, args.system_prompt), length, max_length)
     done, bad = good_rows(rows, args.on_bad_row, ready)
     kept = unique(done)
     cut = sum(row.pop("_cut") for row in kept)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_messages', 'as_text', 'encode_pair', 'model_max_length', 'fit_pair', 'pick_label', 'RewardModel', 'show',
-           'check_scores', 'call_reward', 'Scores', 'Rewards', 'load_reward_model']
+           'is_finite', 'check_scores', 'call_reward', 'Scores', 'Rewards', 'load_reward_model']
 
 # %% ../nbs/03_rewards.ipynb #417866b0
 import math
@@ -95,29 +95,36 @@ class RewardModel:
             for i, score in zip(rows, self.model(**batch).logits[:, self.label].float().tolist()): scores[i] = score
         return scores
 
-# %% ../nbs/03_rewards.ipynb #28c0d53a
+# %% ../nbs/03_rewards.ipynb #07a134d4
 def show(prompt: Any, n: int = 80) -> str: # The start of it
     "A prompt in an error message."
     text = repr(prompt)
     return text if len(text) <= n else text[:n] + "..."
 
+def is_finite(x: Any) -> bool:
+    "A number that is no NaN and no infinity."
+    try: return math.isfinite(x)
+    except TypeError: return False
+
 def check_scores(scores: Any,    # What a function returned
                  name: str,      # The function's
                  prompts: list,
-) -> list[float]:                # NaN where it said None
-    "`ValueError` that names function and prompt unless there is one finite number, or None, per prompt."
+                 lengths: list[int] | None = None, # Of the answers, in tokens, where known
+) -> list[float | list[float]]:  # NaN where it said None
+    "`ValueError` that names function and prompt unless there is a finite number, or one per token, or None, for each prompt."
     scores = scores.tolist() if hasattr(scores, "tolist") else scores
     if not isinstance(scores, (list, tuple)) or len(scores) != len(prompts):
         got = f"{len(scores)} scores" if isinstance(scores, (list, tuple)) else f"a {type(scores).__name__}"
         raise ValueError(f"Reward {name} gave {got} for {len(prompts)} prompts, the first of them {show(prompts[0])}")
-    for score, prompt in zip(scores, prompts):
+    for score, prompt, length in zip(scores, prompts, lengths or [None] * len(prompts)):
         if score is None: continue
-        try: ok = math.isfinite(score)
-        except TypeError: ok = False
-        if not ok: raise ValueError(f"Reward {name} gave {show(score)} instead of a finite number for the prompt {show(prompt)}")
-    return [math.nan if s is None else float(s) for s in scores]
+        if isinstance(score, list) and length is not None and len(score) != length:
+            raise ValueError(f"Reward {name} gave {len(score)} numbers for the {length} tokens of an answer to the prompt {show(prompt)}")
+        for number in score if isinstance(score, list) else [score]:
+            if not is_finite(number): raise ValueError(f"Reward {name} gave {show(number)} instead of a finite number for the prompt {show(prompt)}")
+    return [math.nan if s is None else [float(x) for x in s] if isinstance(s, list) else float(s) for s in scores]
 
-# %% ../nbs/03_rewards.ipynb #2927787b
+# %% ../nbs/03_rewards.ipynb #db6be976
 def call_reward(func: Callable,
                 name: str,
                 prompts: list,
@@ -125,7 +132,8 @@ def call_reward(func: Callable,
                 columns: dict[str, list],  # Further columns, one value per prompt each
                 **extra) -> list[float]:
     "The function's scores; `ValueError` that names function and prompt if it fails."
-    try: return check_scores(func(prompts=prompts, completions=completions, **columns, **extra), name, prompts)
+    lengths = [len(ids) for ids in extra["completion_ids"]] if "completion_ids" in extra else None
+    try: return check_scores(func(prompts=prompts, completions=completions, **columns, **extra), name, prompts, lengths)
     except Exception as e:
         if isinstance(e, ValueError) and str(e).startswith(f"Reward {name} gave"): raise
         for i, prompt in enumerate(prompts):
@@ -136,11 +144,12 @@ def call_reward(func: Callable,
         first = f"{len(prompts)} prompts, the first of them {show(prompts[0])}"
         raise ValueError(f"Reward {name} failed on {first}: {type(e).__name__}: {e}") from e
 
-# %% ../nbs/03_rewards.ipynb #ecb9dd09
+# %% ../nbs/03_rewards.ipynb #718a8e90
 class Scores(NamedTuple):
     "The rewards of a batch."
     total: Tensor               # Weighted sum, less the baseline, (B,), float32
-    by_name: dict[str, Tensor]  # Each reward alone, (B,); NaN where it does not apply
+    by_name: dict[str, Tensor]  # Each reward alone, summed over tokens, (B,); NaN where it does not apply
+    per_token: Tensor | None = None # The part of the total that belongs to single tokens, (B, T); None: no part
 
 class Rewards:
     "Named, weighted reward functions, as one."
@@ -161,10 +170,18 @@ class Rewards:
                  **extra) -> Scores:
         "Weighted sum of all rewards, less the baseline."
         rows = [call_reward(f, n, prompts, completions, columns or {}, **extra) for f, n in zip(self.funcs, self.names)]
-        each = torch.tensor(rows, dtype=torch.float32)
+        each = torch.tensor([[sum(s) if isinstance(s, list) else s for s in row] for row in rows], dtype=torch.float32)
         for prompt, none in zip(prompts, each.isnan().all(0)):
             if none: raise ValueError(f"No reward applies to the prompt {show(prompt)}: {', '.join(self.names)} all gave None")
-        return Scores((each.nan_to_num(0.) * self.weights[:, None]).sum(0) - self.baseline, dict(zip(self.names, each)))
+        total = (each.nan_to_num(0.) * self.weights[:, None]).sum(0) - self.baseline
+        return Scores(total, dict(zip(self.names, each)), self.per_token(rows))
+
+    def per_token(self, rows: list[list[float | list[float]]]) -> Tensor | None: # For each function and answer; (B, T)
+        "Weighted sum of what was given for single tokens."
+        width = max((len(s) for row in rows for s in row if isinstance(s, list)), default=0)
+        if not width: return None
+        padded = torch.tensor([[s + [0.] * (width - len(s)) if isinstance(s, list) else [0.] * width for s in row] for row in rows])
+        return (padded * self.weights[:, None, None]).sum(0)
 
 # %% ../nbs/03_rewards.ipynb #e95c5fd9
 def load_reward_model(name: str,                   # Hub name or folder

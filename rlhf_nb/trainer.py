@@ -4,46 +4,51 @@
 
 # %% auto #0
 __all__ = ['logger', 'Experience', 'make_experience', 'micro_batch', 'as_policy', 'as_reward', 'make_accelerator', 'make_rewards',
-           'make_optimizer', 'make_leash', 'check_data', 'check_lengths', 'Schedule', 'Parts', 'means', 'Update',
-           'deal', 'Verbs', 'rollout_stats', 'update_stats', 'Files', 'Watched', 'PPOTrainer']
+           'optimizer_class', 'make_optimizer', 'make_leash', 'check_data', 'check_lengths', 'Schedule', 'Parts',
+           'means', 'checkpoint_layers', 'recomputed', 'Update', 'deal', 'Verbs', 'rollout_stats', 'update_stats',
+           'Files', 'Watched', 'PPOTrainer']
 
-# %% ../nbs/06_trainer.ipynb #94981631
+# %% ../nbs/06_trainer.ipynb #a09d7fe3
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (AutoTokenizer, DefaultFlowCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl,
                           TrainerState, get_scheduler)
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import is_bitsandbytes_available
 
 from .checkpoint import (check_output_dir, checkpoints, find_checkpoint, keep_newest, random_states, read_state,
                                 set_random_states, write_checkpoint)
 from .config import ModelArguments, PPOConfig
 from .models import (Policy, Sampling, end_tokens, load_lm, load_weights, lora_targets, prepare_tokenizer,
-                            resolve_dtype, save_policy)
-from .ppo import (AdaptiveKL, FixedKL, approx_kl, explained_variance, gae, kl_penalty, masked_mean, masked_var, policy_loss,
-                         token_rewards, value_loss, whiten)
+                            resolve_dtype, save_policy, use_adapter)
+from .ppo import (AdaptiveKL, FixedKL, RunningMoments, approx_kl, explained_variance, gae, keep, kl_penalty, masked_mean,
+                         masked_var, policy_loss, shape_scores, token_rewards, value_loss, whiten)
 from .report import ProgressBar
-from .rewards import RewardModel, Rewards, Scores, load_reward_model
-from .rollout import Rollout, rollout
+from .rewards import RewardModel, Rewards, Scores, load_reward_model, show
+from .rollout import Rollout, pad_rows, rollout
 
 # %% ../nbs/06_trainer.ipynb #060e3a91
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/06_trainer.ipynb #667f6525
+# %% ../nbs/06_trainer.ipynb #adeefb2e
 class Experience(NamedTuple):
     "What the update learns from, (B, P) for queries and (B, T) for the rest."
     query_ids: Tensor      # Prompts, padded on the left
@@ -60,11 +65,14 @@ def make_experience(rollout: Rollout,
                     scores: Tensor,   # One per answer, (B,)
                     args: PPOConfig,
                     kl_coef: float,   # Reward lost per nat
+                    per_token: Tensor | None = None, # The part of the scores that belongs to single tokens, (B, up to T)
 ) -> Experience:
     "Credit for each token of a rollout."
     mask = rollout.response_mask
     kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
-    rewards = token_rewards(scores, kl, mask, kl_coef)
+    if per_token is None: per_token = torch.zeros_like(kl)
+    else: per_token = keep(F.pad(per_token, (0, mask.shape[1] - per_token.shape[1])), mask)
+    rewards = token_rewards(scores - per_token.sum(1), kl, mask, kl_coef) + per_token
     if args.whiten_rewards: rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.values, mask, args.gamma, args.lam)
     return Experience(*rollout[3:7], rollout.logprobs, rollout.ref_logprobs, rollout.values, whiten(advantages, mask), returns)
@@ -128,11 +136,18 @@ def make_rewards(reward_funcs: str | PreTrainedModel | Callable | list,         
     if len(tokenizers) != len(funcs): raise ValueError(f"reward_processing_classes has {len(tokenizers)} entries for {len(funcs)} rewards")
     return Rewards([as_reward(f, t, args, dtype, device) for f, t in zip(funcs, tokenizers)], args.reward_weights, args.reward_baseline)
 
-# %% ../nbs/06_trainer.ipynb #7b37444f
+# %% ../nbs/06_trainer.ipynb #689893fb
+def optimizer_class(name: str) -> type: # By transformers' name
+    "AdamW; its 8-bit versions are bitsandbytes'."
+    if name == "adamw_torch": return torch.optim.AdamW
+    if not is_bitsandbytes_available(): raise ValueError(f"optim={name} needs bitsandbytes, which the extra bnb installs")
+    from bitsandbytes import optim
+    return dict(adamw_8bit=optim.AdamW8bit, paged_adamw_8bit=optim.PagedAdamW8bit)[name]
+
 def make_optimizer(policy: Policy, args: PPOConfig): # AdamW and its schedule
     "AdamW over what is trained; the schedule counts PPO updates."
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate,
-                                  betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, weight_decay=args.weight_decay)
+    optimizer = optimizer_class(args.optim)([p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate,
+                                            betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, weight_decay=args.weight_decay)
     warmup = int(args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * args.max_steps)
     return optimizer, get_scheduler(args.lr_scheduler_type, optimizer, warmup, args.max_steps)
 
@@ -140,10 +155,12 @@ def make_leash(args: PPOConfig) -> AdaptiveKL | FixedKL:
     "The KL coefficient."
     return AdaptiveKL(args.init_kl_coef, args.adap_kl_target, args.adap_kl_horizon) if args.adap_kl_ctrl else FixedKL(args.init_kl_coef)
 
-# %% ../nbs/06_trainer.ipynb #7f962216
+# %% ../nbs/06_trainer.ipynb #cfdd5b68
 def check_data(args: PPOConfig, **datasets: Dataset | None):
     "`ValueError` if prompts are missing."
     if args.do_eval and datasets["eval_dataset"] is None: raise ValueError("do_eval needs validation prompts (eval_dataset)")
+    if args.ptx_coef and (train := datasets["train_dataset"]) is not None and "output" not in train.column_names:
+        raise ValueError(f"ptx_coef needs reference answers in a column output; train_dataset has {', '.join(train.column_names)}")
     for name, data in datasets.items():
         if data is not None and "prompt" not in data.column_names:
             raise ValueError(f"{name} has no prompt column; it has {', '.join(data.column_names)}")
@@ -163,7 +180,7 @@ class Schedule(DefaultFlowCallback):
         control.should_training_stop |= state.global_step >= state.max_steps
         return control
 
-# %% ../nbs/06_trainer.ipynb #4c62a1ec
+# %% ../nbs/06_trainer.ipynb #2b71df97
 class Parts:
     "Models, rewards, optimiser and leash of a run."
     def __init__(self,
@@ -188,13 +205,14 @@ class Parts:
         self.processing_class = prepare_tokenizer(processing_class or AutoTokenizer.from_pretrained(name), name)
         policy = as_policy(model, peft_config, dtype, device)
         check_lengths(policy, args)
-        policy.critic = args.critic
+        policy.use_critic(args.critic)
+        if args.gradient_checkpointing: checkpoint_layers(policy)
         self.sampling = Sampling(args.temperature, args.min_target_length, end_tokens(policy.lm, self.processing_class))
         self.rewards = make_rewards(reward_funcs, reward_processing_classes, args, dtype, device)
         optimizer, self.lr_scheduler = make_optimizer(policy, args)
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
         self.trained = [p for p in policy.parameters() if p.requires_grad]
-        self.kl_ctl, self.pending = make_leash(args), []
+        self.kl_ctl, self.moments, self.pending = make_leash(args), RunningMoments(), []
         self.state = TrainerState(max_steps=args.max_steps, logging_steps=args.logging_steps, save_steps=args.save_steps,
                                   eval_steps=args.eval_steps)
         self.control = TrainerControl()
@@ -206,17 +224,36 @@ def means(stats: list[dict[str, float]]) -> dict[str, float]: # Of entries with 
     "The mean of each metric."
     return {k: float(np.mean([s[k] for s in stats])) for k in stats[0]}
 
-# %% ../nbs/06_trainer.ipynb #7f5abec3
+# %% ../nbs/06_trainer.ipynb #c2e336d6
+def checkpoint_layers(policy: Policy):
+    "Let transformers' layers checkpoint (Chen et al. 2016) when they are in training mode."
+    again = lambda: (nullcontext(), use_adapter(policy.lm, policy.lm.active_adapter))
+    policy.lm.gradient_checkpointing_enable(dict(use_reentrant=False) | (dict(context_fn=again) if isinstance(policy.lm, PeftModel) else {}))
+
+@contextmanager
+def recomputed(policy: nn.Module, wanted: bool) -> Iterator[None]:
+    "Inside, layers keep no activations, if `wanted`."
+    layers = [m for m in policy.modules() if wanted and isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    for layer in layers: layer.training = True
+    try: yield
+    finally:
+        for layer in layers: layer.training = False
+
+# %% ../nbs/06_trainer.ipynb #c241cd12
 class Update(Parts):
     "From experience to new weights."
-    def update(self, exp: Experience) -> dict[str, float]: # Means over optimiser steps
+    def update(self,
+               exp: Experience,
+               answers: tuple[Tensor, Tensor] | None = None, # Reference answers and their mask, (B, T) each
+    ) -> dict[str, float]:                                   # Means over optimiser steps
         "Several epochs over the batch, each in a fresh order; early stopping ends them before the step that goes too far."
         args, done = self.args, []
         size = args.mini_batch_size * args.gradient_accumulation_steps
         order = lambda: torch.randperm(len(exp.values), generator=self.generator)
         groups = (rows for _ in range(args.num_ppo_epochs) for rows in order().split(size))
         for rows in groups:
-            stats = self.accumulate(exp, rows) | {"policy/grad_norm": 0.}
+            with recomputed(self.policy, args.gradient_checkpointing):
+                stats = self.accumulate(exp, rows, answers) | {"policy/grad_norm": 0.}
             if args.early_stopping and stats["policy/approxkl_avg"] > 1.5 * args.target_kl:
                 self.optimizer.zero_grad()
                 break
@@ -226,22 +263,39 @@ class Update(Parts):
             if not self.optimizer.step_was_skipped: done.append(stats)
         return means(done or [stats]) | {"policy/optimizer_steps": len(done)}
 
-    def accumulate(self, exp: Experience, rows: Tensor) -> dict[str, float]: # Rows of one optimiser step, (n,)
+    def accumulate(self, exp: Experience, rows: Tensor, answers: tuple[Tensor, Tensor] | None = None) -> dict[str, float]: # Rows of one optimiser step, (n,)
         "Gradients of one optimiser step, a micro-batch at a time; each counts by its tokens."
-        args, total, stats = self.args, exp.response_mask[rows].sum(), {}
-        for some in rows.split(args.mini_batch_size):
+        total, stats = exp.response_mask[rows].sum(), {}
+        for some in rows.split(self.args.mini_batch_size):
             mb = micro_batch(exp, some)
-            out = self.policy(*mb[:4], self.sampling)
             share = mb.response_mask.sum() / total
-            pl, clipped = policy_loss(out.logprobs, mb.logprobs, mb.advantages, mb.response_mask, args.cliprange)
-            vl, vclipped = value_loss(out.values, mb.values, mb.returns, mb.response_mask, args.cliprange_value)
-            loss = pl + args.vf_coef * vl
-            if args.kl_in_loss:
-                loss = loss + self.kl_ctl.value * masked_mean(kl_penalty(out.logprobs, mb.ref_logprobs, args.kl_estimator), mb.response_mask)
+            loss, new = self.loss(mb)
             self.accelerator.backward(share * loss)
-            with torch.no_grad(): new = update_stats(out.logprobs, mb, pl, vl, clipped, vclipped)
+            if answers and not self.warming_up:
+                ids, mask = (x[some] for x in answers)
+                taught = self.policy(mb.query_ids, mb.query_mask, ids, mask, Sampling(), values=False).logprobs
+                new["loss/ptx"] = -keep(taught, mask).sum() / answers[1][rows].sum() / share
+                self.accelerator.backward(self.args.ptx_coef * share * new["loss/ptx"])
             stats = {k: stats.get(k, 0.) + share.item() * v.item() for k, v in new.items()}
         return stats
+
+    def loss(self, mb: Experience) -> tuple[Tensor, dict[str, Tensor]]: # Scalars
+        "The loss of some rows, and what it says of them."
+        args, mask = self.args, mb.response_mask
+        out = self.policy(*mb[:4], self.sampling, entropy=args.ent_coef > 0)
+        pl, clipped = policy_loss(out.logprobs, mb.logprobs, mb.advantages, mask, args.cliprange, args.cliprange_high, args.dual_clip)
+        vl, vclipped = value_loss(out.values, mb.values, mb.returns, mask, args.cliprange_value)
+        with torch.no_grad(): stats = update_stats(out.logprobs, mb, pl, vl, clipped, vclipped)
+        if self.warming_up: return args.vf_coef * vl, stats
+        loss = pl + args.vf_coef * vl
+        if args.ent_coef: loss = loss - args.ent_coef * masked_mean(out.entropy, mask)
+        if args.kl_in_loss: loss = loss + self.kl_ctl.value * masked_mean(kl_penalty(out.logprobs, mb.ref_logprobs, args.kl_estimator), mask)
+        return loss, stats
+
+    @property
+    def warming_up(self) -> bool:
+        "Does only the critic learn?"
+        return self.state.global_step < self.args.critic_warmup_steps
 
 # %% ../nbs/06_trainer.ipynb #15e019ae
 def deal(n: int,      # Prompts
@@ -255,7 +309,7 @@ def deal(n: int,      # Prompts
     epochs = {e: order(e) for e in {p // n for p in places}}
     return [int(epochs[p // n][p % n]) for p in places]
 
-# %% ../nbs/06_trainer.ipynb #d17910cf
+# %% ../nbs/06_trainer.ipynb #04476175
 class Verbs(Update):
     "A PPO step, by hand."
     def batches(self) -> Iterator[list[dict]]: # Rows of the data set
@@ -274,7 +328,7 @@ class Verbs(Update):
         args, rows = self.args, [dict(prompt=p) if isinstance(p, str) else p for p in prompts]
         return rollout(self.policy, self.processing_class, rows, self.sampling, args.max_source_length, args.max_target_length,
                        args.rollout_batch_size or args.batch_size, None if greedy else generator or self.generator,
-                       self.accelerator.autocast)
+                       self.accelerator.autocast, args.stop_strings)
 
     def score(self, rollout: Rollout) -> Scores:
         "Reward the answers. Functions see the prompts, the answers, and the data set's other columns."
@@ -284,17 +338,41 @@ class Verbs(Update):
         ids = [ids[mask > 0].tolist() for ids, mask in zip(rollout.response_ids, rollout.response_mask)]
         return self.rewards(rollout.prompts, answers, columns, completion_ids=ids, trainer_state=self.state)
 
+    def shape(self, rollout: Rollout, scores: Scores) -> tuple[Tensor, Tensor | None]: # (B,), and (B, T) where tokens have their own
+        "The scores as PPO takes them."
+        args, device = self.args, rollout.logprobs.device
+        if args.use_score_scaling: self.moments.update(scores.total)
+        if args.score_clip and scores.per_token is not None: raise ValueError("score_clip does not go with rewards per token: it clips one score per answer")
+        shaped = shape_scores(scores.total.to(device), rollout.ended, rollout.response_mask.sum(1), self.moments if args.use_score_scaling else None,
+                              args.use_score_norm, args.score_clip, args.missing_eos_penalty, args.length_penalty)
+        scale = self.moments.std if args.use_score_scaling else 1.
+        return shaped, None if scores.per_token is None else scores.per_token.to(device) / scale
+
+    def reference_answers(self, rows: list[dict]) -> tuple[Tensor, Tensor]: # Ids, padded on the right, and mask, (B, T) each
+        "The data set's answers, as the policy would have written them."
+        tok, most = self.processing_class, self.args.max_target_length
+        for row in rows:
+            if not isinstance(row.get("output"), str): raise ValueError(f"ptx_coef needs an output for every prompt; there is none for {show(row['prompt'])}")
+        ids = [torch.tensor((tok(row["output"], add_special_tokens=False).input_ids + [tok.eos_token_id])[:most]) for row in rows]
+        pad = lambda rows, value: pad_rows(rows, "right", value).to(self.accelerator.device)
+        return pad(ids, tok.pad_token_id), pad([torch.ones_like(x) for x in ids], 0)
+
     def step(self,
              rollout: Rollout,
              scores: Scores | Tensor | list[float],  # One per answer
     ) -> dict[str, float]:                           # Metrics
         "One PPO update from scored answers."
+        args = self.args
         scores = scores if isinstance(scores, Scores) else Scores(torch.as_tensor(scores, dtype=torch.float32), {})
-        kl_coef = 0. if self.args.kl_in_loss else self.kl_ctl.value
-        stats = rollout_stats(rollout, scores, kl_coef, self.args.kl_estimator) | {"objective/kl_coef": self.kl_ctl.value}
-        exp = make_experience(rollout, scores.total.to(rollout.logprobs.device), self.args, kl_coef)
+        kl_coef = 0. if args.kl_in_loss else self.kl_ctl.value
+        stats = rollout_stats(rollout, scores, kl_coef, args.kl_estimator) | {"objective/kl_coef": self.kl_ctl.value}
+        shaped, per_token = self.shape(rollout, scores)
+        stats |= {"objective/shaped_scores": shaped.mean().item(), "objective/rlhf_reward": shaped.mean().item() + stats["objective/non_score_reward"]}
+        exp = make_experience(rollout, shaped, args, kl_coef, per_token)
         stats["val/explained_variance"] = explained_variance(exp.values, exp.returns, exp.response_mask).item()
-        stats |= self.update(exp) | dict(lr=self.lr_scheduler.get_last_lr()[0])
+        policy = self.accelerator.unwrap_model(self.policy)
+        policy.critic = "detached" if self.warming_up and args.critic == "shared" else args.critic
+        stats |= self.update(exp, self.reference_answers(rollout.rows) if args.ptx_coef else None) | dict(lr=self.lr_scheduler.get_last_lr()[0])
         self.kl_ctl.update(stats["objective/kl"], len(rollout.rows))
         self.lr_scheduler.step()
         self.state.global_step += 1
@@ -330,7 +408,7 @@ def update_stats(logprobs: Tensor,  # Of the policy as it is, (n, T)
     return {"policy/approxkl_avg": approx_kl(logprobs, mb.logprobs, mask), "policy/clipfrac_avg": clipped,
             "loss/policy_avg": pl, "loss/value_avg": vl, "val/clipfrac_avg": vclipped, "val/ratio": masked_mean(ratio, mask), "val/ratio_var": masked_var(ratio, mask, unbiased=False)}
 
-# %% ../nbs/06_trainer.ipynb #553da899
+# %% ../nbs/06_trainer.ipynb #bf1c5fe7
 class Files(Verbs):
     "Models and checkpoints on disk."
     def save_model(self, output_dir: str | Path | None = None): # Default: args.output_dir
@@ -343,7 +421,7 @@ class Files(Verbs):
         "All that the run needs to go on, under `checkpoint-STEP`."
         scaler = self.accelerator.scaler
         state = dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict(),
-                     scaler=scaler.state_dict() if scaler else None, pending=self.pending, kl_coef=self.kl_ctl.value, random=random_states(self.generator))
+                     scaler=scaler.state_dict() if scaler else None, pending=self.pending, kl_coef=self.kl_ctl.value, moments=vars(self.moments), random=random_states(self.generator))
         def write(folder: Path):
             self.save_model(folder)
             self.state.save_to_json(str(folder/"trainer_state.json"))
@@ -358,7 +436,7 @@ class Files(Verbs):
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.kl_ctl.value, self.pending = state["kl_coef"], state["pending"]
+        self.kl_ctl.value, self.moments, self.pending = state["kl_coef"], RunningMoments(**state["moments"]), state["pending"]
         self.state = TrainerState.load_from_json(str(Path(path)/"trainer_state.json"))
         self.state.max_steps = self.args.max_steps
         set_random_states(state["random"], self.generator)
