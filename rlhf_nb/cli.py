@@ -6,7 +6,7 @@
 __all__ = ['logger', 'DEMO', 'COMMANDS', 'Parser', 'train_parser', 'check_model', 'loading', 'make_trainer', 'train',
            'DemoArguments', 'as_flags', 'demo_settings', 'answers_to', 'demo', 'merge', 'quiet_libraries', 'main']
 
-# %% ../nbs/10_cli.ipynb #35541d18
+# %% ../nbs/10_cli.ipynb #9e83ea32
 import argparse
 import json
 import logging
@@ -35,7 +35,7 @@ from . import __version__
 from .checkpoint import check_output_dir
 from .config import DataArguments, MergeArguments, ModelArguments, PPOConfig, setting
 from .data import find_files, load_prompts
-from .models import load_policy, load_tokenizer, merge_adapter, resolve_dtype
+from .models import load_policy, load_tokenizer, merge_adapter, resolve_dtype, run_device
 from .report import curves, samples_table, summarise, summary_table
 from .rewards import load_reward_model
 from .rollout import Rollout
@@ -86,7 +86,7 @@ def loading(flag: str, name: str): # Setting, and the hub name or folder it was 
     try: yield
     except (OSError, SafetensorError) as e: raise ValueError(f"{flag}={name} cannot be loaded: {str(e).strip().splitlines()[0]}") from e
 
-# %% ../nbs/10_cli.ipynb #8958d23d
+# %% ../nbs/10_cli.ipynb #92e5a3c6
 def make_trainer(model_args: ModelArguments,
                  data_args: DataArguments,
                  args: PPOConfig,
@@ -98,11 +98,12 @@ def make_trainer(model_args: ModelArguments,
     if args.do_train: check_output_dir(args.output_dir, args.overwrite_output_dir, bool(args.resume_from_checkpoint))
     for path in filter(None, (data_args.train_file_dir, data_args.validation_file_dir)): find_files(path)
     set_seed(args.seed)
+    device = run_device()
+    if not PartialState().is_main_process: logging.getLogger("rlhf_nb").setLevel(logging.ERROR)
     name = model_args.tokenizer_name_or_path or model_args.model_name_or_path
     flag = "tokenizer_name_or_path" if model_args.tokenizer_name_or_path else "model_name_or_path"
     with loading(flag, name): tokenizer = load_tokenizer(name, model_args)
     data = load_prompts(data_args, tokenizer, args.max_source_length, args.seed, model_args.cache_dir)
-    device = PartialState().device
     dtype = resolve_dtype(args.torch_dtype, device)
     with loading("model_name_or_path", model_args.model_name_or_path): policy = load_policy(model_args, dtype, device)
     with loading("reward_model_name_or_path", model_args.reward_model_name_or_path):
@@ -122,7 +123,8 @@ def train(argv: list[str]) -> PPOTrainer:
         logger.info("Saved to %s", args.output_dir)
         if args.log_with == "tensorboard": logger.info("Curves: tensorboard --logdir %s/trl", args.output_dir)
     else:
-        for name, value in trainer.evaluate().items(): print(f"{name} {value:.4f}")
+        metrics = trainer.evaluate()
+        if trainer.accelerator.is_main_process: print("\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     return trainer
 
 # %% ../nbs/10_cli.ipynb #fecbfc56

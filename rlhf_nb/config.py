@@ -151,7 +151,7 @@ class RunSettings:
         "auto", "Type of the matrix products, and of weights that are not trained")
     seed: Whole = setting(0, "Order of prompts, sampling, initial weights")
 
-# %% ../nbs/00_config.ipynb #d3c82cb3
+# %% ../nbs/00_config.ipynb #25280a4b
 @dataclass
 class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSettings):
     "Every setting that the trainer reads."
@@ -169,6 +169,9 @@ class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSe
              f"kl_in_loss needs kl_estimator k2 or k3: the gradient of {self.kl_estimator} does not lead back to the reference"),
             (self.dual_clip is not None and self.dual_clip <= 1 + max(self.cliprange, self.cliprange_high or 0),
              f"dual_clip={self.dual_clip} must lie above 1 + cliprange"),
+            (self.critic_warmup_steps >= self.max_steps,
+             f"critic_warmup_steps={self.critic_warmup_steps} leaves the policy none of the {self.max_steps} updates"),
+            (self.vf_coef == 0 and (self.critic == "adapter" or self.critic_warmup_steps > 0), "vf_coef=0: the critic would never learn"),
             (self.eval_steps and not self.do_eval, f"eval_steps={self.eval_steps} needs do_eval"),
             (not 0 <= self.adam_beta2 < 1 or not 0 <= self.adam_beta1 < 1, "adam_beta1 and adam_beta2 must be below 1"),
         ]:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['logger', 'CRITIC', 'REFERENCE', 'VALUE_HEAD', 'Sampling', 'sampling_logits', 'token_logprobs', 'token_entropy',
            'SdpaBloomAttention', 'modernise', 'PolicyOutput', 'output_layer', 'takes_position_ids', 'positions',
-           'use_adapter', 'ActorCritic', 'freeze_copy_of_adapter', 'Policy', 'lora_targets', 'has_bf16',
+           'use_adapter', 'ActorCritic', 'freeze_copy_of_adapter', 'Policy', 'lora_targets', 'run_device', 'has_bf16',
            'resolve_dtype', 'check_decoder', 'quantization', 'load_lm', 'lora_config', 'load_adapter_weights',
            'load_value_head', 'load_policy', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'save_policy',
            'load_weights', 'merge_adapter']
 
-# %% ../nbs/02_models.ipynb #af6c78e4
+# %% ../nbs/02_models.ipynb #0dd9493d
 import inspect
 import logging
 from collections.abc import Iterator
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import parse_flag_from_env
 from peft import (LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights,
                   prepare_model_for_kbit_training, set_peft_model_state_dict)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -250,6 +252,11 @@ def lora_targets(lm: PreTrainedModel,          # The base model
     "Layers that LoRA adapts: as asked, else by peft's table, else all linear ones."
     if wanted: return wanted if wanted == "all-linear" else [w.strip() for w in wanted.split(",")]
     return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(lm.config.model_type, "all-linear")
+
+# %% ../nbs/02_models.ipynb #52e458f9
+def run_device() -> torch.device:
+    "Where this process computes."
+    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")).device
 
 # %% ../nbs/02_models.ipynb #63969772
 def has_bf16(device: torch.device) -> bool: # In hardware, not emulated

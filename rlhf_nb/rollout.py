@@ -108,7 +108,7 @@ def stopper(tokenizer: PreTrainedTokenizerBase,
         return torch.tensor([any(s in text for s in stop_strings) for text in texts], device=ids.device)
     return stop
 
-# %% ../nbs/04_rollout.ipynb #85a40b8b
+# %% ../nbs/04_rollout.ipynb #f9852069
 @torch.no_grad()
 def rollout(policy: Policy,
             tokenizer: PreTrainedTokenizerBase,     # The policy's
@@ -120,11 +120,13 @@ def rollout(policy: Policy,
             generator: torch.Generator | None = None, # Of the draws, on the CPU; None: greedy
             autocast = nullcontext,                 # Precision of the passes
             stop_strings: list[str] | None = None,  # Texts that end an answer, too
+            rank: int = 0,                          # Which of the processes that answer equally many prompts
+            world: int = 1,                         # How many there are
 ) -> Rollout:
     "Answer each prompt and look at each answer once with the policy and once with the reference."
     device, pad = policy.value_head.weight.device, tokenizer.pad_token_id
     queries = [torch.tensor(encode_prompt(row["prompt"], tokenizer, max_source_length), device=device) for row in rows]
-    uniforms = None if generator is None else torch.rand(len(rows), max_target_length, generator=generator).to(device)
+    uniforms = None if generator is None else torch.rand(world, len(rows), max_target_length, generator=generator)[rank].to(device)
     order = sorted(range(len(rows)), key=lambda i: len(queries[i]))
     stop = stopper(tokenizer, stop_strings) if stop_strings else None
     parts: dict[int, tuple[Tensor, ...]] = {}
@@ -134,7 +136,8 @@ def rollout(policy: Policy,
         q = pad_rows([queries[i] for i in chunk], "left", pad)
         qm = pad_rows([torch.ones_like(queries[i]) for i in chunk], "left")
         with autocast():
-            r, rm, ended[chunk] = generate(policy, q, qm, sampling, max_target_length, pad, None if uniforms is None else uniforms[chunk], stop)
+            draws = None if uniforms is None else uniforms[chunk]
+            r, rm, ended[chunk] = generate(policy, q, qm, sampling, max_target_length, pad, draws, stop)
             now = policy(q, qm, r, rm, sampling, entropy=True)
             with policy.as_reference(): ref = policy(q, qm, r, rm, sampling, values=False).logprobs
         for i, *row in zip(chunk, r, rm, now.logprobs, ref, now.values, now.entropy): parts[i] = tuple(x[row[1] > 0] for x in row)

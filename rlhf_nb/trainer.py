@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['logger', 'Experience', 'make_experience', 'micro_batch', 'as_policy', 'as_reward', 'make_accelerator', 'make_rewards',
            'optimizer_class', 'make_optimizer', 'make_leash', 'check_data', 'check_lengths', 'Schedule', 'Parts',
-           'means', 'checkpoint_layers', 'recomputed', 'Update', 'deal', 'Verbs', 'rollout_stats', 'update_stats',
-           'Files', 'Watched', 'PPOTrainer']
+           'from_all', 'all_answers', 'means', 'checkpoint_layers', 'recomputed', 'Update', 'deal', 'Verbs',
+           'rollout_stats', 'update_stats', 'Files', 'Watched', 'PPOTrainer']
 
-# %% ../nbs/06_trainer.ipynb #a09d7fe3
+# %% ../nbs/06_trainer.ipynb #82b4ba41
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import set_seed
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from .checkpoint import (check_output_dir, checkpoints, find_checkpoint, keep_ne
                                 set_random_states, write_checkpoint)
 from .config import ModelArguments, PPOConfig
 from .models import (Policy, Sampling, end_tokens, load_lm, load_weights, lora_targets, prepare_tokenizer,
-                            resolve_dtype, save_policy, use_adapter)
+                            resolve_dtype, run_device, save_policy, use_adapter)
 from .ppo import (AdaptiveKL, FixedKL, RunningMoments, approx_kl, explained_variance, gae, keep, kl_penalty, masked_mean,
                          masked_var, policy_loss, shape_scores, token_rewards, value_loss, whiten)
 from .report import ProgressBar
@@ -112,7 +113,7 @@ def as_reward(reward: str | PreTrainedModel | Callable,
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(reward.config._name_or_path)
     return RewardModel(reward.to(device), tokenizer, args.reward_label, args.reward_batch_size)
 
-# %% ../nbs/06_trainer.ipynb #2c149855
+# %% ../nbs/06_trainer.ipynb #37d70af3
 def make_accelerator(args: PPOConfig, dtype: torch.dtype) -> Accelerator: # Type of the matrix products
     "One per run; an earlier run in the same process may have used another precision."
     AcceleratorState._reset_state()
@@ -120,7 +121,6 @@ def make_accelerator(args: PPOConfig, dtype: torch.dtype) -> Accelerator: # Type
     trackers = None if args.log_with == "none" else args.log_with
     accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=args.output_dir)
     if trackers and not accelerator.log_with: raise ValueError(f"log_with={trackers}: this package is not installed")
-    if accelerator.num_processes > 1: raise ValueError("Several processes are not supported yet: start one process")
     return accelerator
 
 def make_rewards(reward_funcs: str | PreTrainedModel | Callable | list,                 # One reward, or several
@@ -180,7 +180,7 @@ class Schedule(DefaultFlowCallback):
         control.should_training_stop |= state.global_step >= state.max_steps
         return control
 
-# %% ../nbs/06_trainer.ipynb #2b71df97
+# %% ../nbs/06_trainer.ipynb #e30d2978
 class Parts:
     "Models, rewards, optimiser and leash of a run."
     def __init__(self,
@@ -196,7 +196,7 @@ class Parts:
         self.args = args = args or PPOConfig()
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         check_data(args, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        device = PartialState().device
+        device = run_device()
         dtype = resolve_dtype(args.torch_dtype, device)
         self.accelerator = make_accelerator(args, dtype)
         set_seed(args.seed)
@@ -210,14 +210,36 @@ class Parts:
         self.sampling = Sampling(args.temperature, args.min_target_length, end_tokens(policy.lm, self.processing_class))
         self.rewards = make_rewards(reward_funcs, reward_processing_classes, args, dtype, device)
         optimizer, self.lr_scheduler = make_optimizer(policy, args)
-        self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
+        self.policy, self.optimizer = self.accelerator.prepare_model(policy, evaluation_mode=True), self.accelerator.prepare(optimizer)
         self.trained = [p for p in policy.parameters() if p.requires_grad]
+        for p in self.trained: broadcast(p.data)
         self.kl_ctl, self.moments, self.pending = make_leash(args), RunningMoments(), []
         self.state = TrainerState(max_steps=args.max_steps, logging_steps=args.logging_steps, save_steps=args.save_steps,
                                   eval_steps=args.eval_steps)
         self.control = TrainerControl()
-        first = [Schedule] if args.disable_tqdm else [Schedule, ProgressBar]
+        self.state.is_world_process_zero = self.accelerator.is_main_process
+        first = [Schedule] if args.disable_tqdm or not self.accelerator.is_main_process else [Schedule, ProgressBar]
         self.handler = CallbackHandler([*first, *(callbacks or [])], self.policy, self.processing_class, self.optimizer, self.lr_scheduler)
+
+# %% ../nbs/06_trainer.ipynb #3942cda1
+def from_all(accelerator: Accelerator,
+             x: Tensor,           # Of this process, (B,) or (B, T); equally many rows in each
+             left: bool = False,  # Pad on the left
+) -> Tensor:                      # Rows of all processes in order, as wide as the widest
+    "The same tensor from every process."
+    if accelerator.num_processes == 1: return x
+    return accelerator.gather(accelerator.pad_across_processes(x, dim=1, pad_first=left) if x.ndim > 1 else x)
+
+def all_answers(accelerator: Accelerator,
+                rollout: Rollout,
+                scores: Scores,
+                n: int | None = None,          # How many; None: all
+) -> tuple[Rollout, Scores]:
+    "Tensors from every process; prompts and texts stay this one's."
+    get = lambda x, left=False: from_all(accelerator, x.to(accelerator.device), left)[:n]
+    tensors = [get(x, left=i < 2) for i, x in enumerate(rollout[3:])]
+    per_token = None if scores.per_token is None else get(scores.per_token)
+    return Rollout(*rollout[:3], *tensors), Scores(get(scores.total), {k: get(v) for k, v in scores.by_name.items()}, per_token)
 
 # %% ../nbs/06_trainer.ipynb #52c753ab
 def means(stats: list[dict[str, float]]) -> dict[str, float]: # Of entries with the same names
@@ -239,7 +261,7 @@ def recomputed(policy: nn.Module, wanted: bool) -> Iterator[None]:
     finally:
         for layer in layers: layer.training = False
 
-# %% ../nbs/06_trainer.ipynb #c241cd12
+# %% ../nbs/06_trainer.ipynb #e5583b67
 class Update(Parts):
     "From experience to new weights."
     def update(self,
@@ -247,11 +269,12 @@ class Update(Parts):
                answers: tuple[Tensor, Tensor] | None = None, # Reference answers and their mask, (B, T) each
     ) -> dict[str, float]:                                   # Means over optimiser steps
         "Several epochs over the batch, each in a fresh order; early stopping ends them before the step that goes too far."
-        args, done = self.args, []
-        size = args.mini_batch_size * args.gradient_accumulation_steps
+        args, world, done = self.args, self.accelerator.num_processes, []
+        size = args.mini_batch_size * args.gradient_accumulation_steps * world
         order = lambda: torch.randperm(len(exp.values), generator=self.generator)
         groups = (rows for _ in range(args.num_ppo_epochs) for rows in order().split(size))
-        for rows in groups:
+        for group in groups:
+            rows = group[self.mine(len(group) // world)]
             with recomputed(self.policy, args.gradient_checkpointing):
                 stats = self.accumulate(exp, rows, answers) | {"policy/grad_norm": 0.}
             if args.early_stopping and stats["policy/approxkl_avg"] > 1.5 * args.target_kl:
@@ -263,9 +286,22 @@ class Update(Parts):
             if not self.optimizer.step_was_skipped: done.append(stats)
         return means(done or [stats]) | {"policy/optimizer_steps": len(done)}
 
-    def accumulate(self, exp: Experience, rows: Tensor, answers: tuple[Tensor, Tensor] | None = None) -> dict[str, float]: # Rows of one optimiser step, (n,)
+    def mine(self, n: int) -> slice: # Rows of each process
+        "This process's rows among those of all."
+        return slice(self.accelerator.process_index * n, (self.accelerator.process_index + 1) * n)
+
+    def summed(self, x: Tensor) -> Tensor:
+        "The sum over processes."
+        return self.accelerator.reduce(x) if self.accelerator.num_processes > 1 else x
+
+    def accumulate(self,
+                   exp: Experience,
+                   rows: Tensor,                                 # Of one optimiser step, (n,)
+                   answers: tuple[Tensor, Tensor] | None = None, # As in `update`
+    ) -> dict[str, float]:                                       # Means over tokens
         "Gradients of one optimiser step, a micro-batch at a time; each counts by its tokens."
-        total, stats = exp.response_mask[rows].sum(), {}
+        total, stats = self.summed(exp.response_mask[rows].sum()), {}
+        taught_total = self.summed(answers[1][rows].sum()) if answers else 0
         for some in rows.split(self.args.mini_batch_size):
             mb = micro_batch(exp, some)
             share = mb.response_mask.sum() / total
@@ -274,10 +310,11 @@ class Update(Parts):
             if answers and not self.warming_up:
                 ids, mask = (x[some] for x in answers)
                 taught = self.policy(mb.query_ids, mb.query_mask, ids, mask, Sampling(), values=False).logprobs
-                new["loss/ptx"] = -keep(taught, mask).sum() / answers[1][rows].sum() / share
+                new["loss/ptx"] = -keep(taught, mask).sum() / taught_total / share
                 self.accelerator.backward(self.args.ptx_coef * share * new["loss/ptx"])
             stats = {k: stats.get(k, 0.) + share.item() * v.item() for k, v in new.items()}
-        return stats
+        for p in self.trained: p.grad = p.grad if p.grad is None else self.summed(p.grad)
+        return dict(zip(stats, self.summed(torch.tensor([*stats.values()], dtype=torch.float64, device=total.device)).tolist()))
 
     def loss(self, mb: Experience) -> tuple[Tensor, dict[str, Tensor]]: # Scalars
         "The loss of some rows, and what it says of them."
@@ -289,7 +326,9 @@ class Update(Parts):
         if self.warming_up: return args.vf_coef * vl, stats
         loss = pl + args.vf_coef * vl
         if args.ent_coef: loss = loss - args.ent_coef * masked_mean(out.entropy, mask)
-        if args.kl_in_loss: loss = loss + self.kl_ctl.value * masked_mean(kl_penalty(out.logprobs, mb.ref_logprobs, args.kl_estimator), mask)
+        if args.kl_in_loss:
+            kl = kl_penalty(keep(out.logprobs, mask), keep(mb.ref_logprobs, mask), args.kl_estimator)
+            loss = loss + self.kl_ctl.value * masked_mean(kl, mask)
         return loss, stats
 
     @property
@@ -309,15 +348,19 @@ def deal(n: int,      # Prompts
     epochs = {e: order(e) for e in {p // n for p in places}}
     return [int(epochs[p // n][p % n]) for p in places]
 
-# %% ../nbs/06_trainer.ipynb #04476175
+# %% ../nbs/06_trainer.ipynb #be4b957d
 class Verbs(Update):
     "A PPO step, by hand."
     def batches(self) -> Iterator[list[dict]]: # Rows of the data set
         "Batches of prompts until `max_steps` updates are done."
         if self.train_dataset is None or not len(self.train_dataset): raise ValueError("There are no training prompts (train_dataset)")
         while self.state.global_step < self.args.max_steps:
-            rows = deal(len(self.train_dataset), self.args.batch_size, self.state.global_step, self.args.seed)
-            yield [self.train_dataset[i] for i in rows]
+            rows = deal(len(self.train_dataset), self.episodes(1), self.state.global_step, self.args.seed)
+            yield [self.train_dataset[i] for i in rows[self.mine(self.args.batch_size)]]
+
+    def episodes(self, updates: int) -> int:
+        "Answers of all processes in so many updates."
+        return updates * self.args.batch_size * self.accelerator.num_processes
 
     def rollout(self,
                 prompts: list[dict | str],                # Rows with a `prompt`, or prompts
@@ -325,10 +368,10 @@ class Verbs(Update):
                 greedy: bool = False,                     # The likeliest token, no draws
     ) -> Rollout:
         "Answer the prompts."
-        args, rows = self.args, [dict(prompt=p) if isinstance(p, str) else p for p in prompts]
+        args, acc, rows = self.args, self.accelerator, [dict(prompt=p) if isinstance(p, str) else p for p in prompts]
         return rollout(self.policy, self.processing_class, rows, self.sampling, args.max_source_length, args.max_target_length,
                        args.rollout_batch_size or args.batch_size, None if greedy else generator or self.generator,
-                       self.accelerator.autocast, args.stop_strings)
+                       acc.autocast, args.stop_strings, acc.process_index, acc.num_processes)
 
     def score(self, rollout: Rollout) -> Scores:
         "Reward the answers. Functions see the prompts, the answers, and the data set's other columns."
@@ -340,46 +383,53 @@ class Verbs(Update):
 
     def shape(self, rollout: Rollout, scores: Scores) -> tuple[Tensor, Tensor | None]: # (B,), and (B, T) where tokens have their own
         "The scores as PPO takes them."
-        args, device = self.args, rollout.logprobs.device
+        args, by_token = self.args, scores.per_token
+        if args.score_clip and by_token is not None:
+            raise ValueError("score_clip does not go with rewards per token: it clips one score per answer")
         if args.use_score_scaling: self.moments.update(scores.total)
-        if args.score_clip and scores.per_token is not None: raise ValueError("score_clip does not go with rewards per token: it clips one score per answer")
-        shaped = shape_scores(scores.total.to(device), rollout.ended, rollout.response_mask.sum(1), self.moments if args.use_score_scaling else None,
+        shaped = shape_scores(scores.total, rollout.ended, rollout.response_mask.sum(1), self.moments if args.use_score_scaling else None,
                               args.use_score_norm, args.score_clip, args.missing_eos_penalty, args.length_penalty)
-        scale = self.moments.std if args.use_score_scaling else 1.
-        return shaped, None if scores.per_token is None else scores.per_token.to(device) / scale
+        return shaped, by_token if by_token is None or not args.use_score_scaling else by_token / self.moments.std
 
     def reference_answers(self, rows: list[dict]) -> tuple[Tensor, Tensor]: # Ids, padded on the right, and mask, (B, T) each
         "The data set's answers, as the policy would have written them."
         tok, most = self.processing_class, self.args.max_target_length
         for row in rows:
-            if not isinstance(row.get("output"), str): raise ValueError(f"ptx_coef needs an output for every prompt; there is none for {show(row['prompt'])}")
+            if isinstance(row.get("output"), str): continue
+            raise ValueError(f"ptx_coef needs an output for every prompt; there is none for {show(row['prompt'])}")
         ids = [torch.tensor((tok(row["output"], add_special_tokens=False).input_ids + [tok.eos_token_id])[:most]) for row in rows]
-        pad = lambda rows, value: pad_rows(rows, "right", value).to(self.accelerator.device)
-        return pad(ids, tok.pad_token_id), pad([torch.ones_like(x) for x in ids], 0)
+        everyone = lambda rows: from_all(self.accelerator, pad_rows(rows, "right").to(self.accelerator.device))
+        return everyone(ids), everyone([torch.ones_like(x) for x in ids])
 
     def step(self,
              rollout: Rollout,
              scores: Scores | Tensor | list[float],  # One per answer
     ) -> dict[str, float]:                           # Metrics
         "One PPO update from scored answers."
-        args = self.args
+        args, state = self.args, self.state
         scores = scores if isinstance(scores, Scores) else Scores(torch.as_tensor(scores, dtype=torch.float32), {})
-        kl_coef = 0. if args.kl_in_loss else self.kl_ctl.value
-        stats = rollout_stats(rollout, scores, kl_coef, args.kl_estimator) | {"objective/kl_coef": self.kl_ctl.value}
-        shaped, per_token = self.shape(rollout, scores)
-        stats |= {"objective/shaped_scores": shaped.mean().item(), "objective/rlhf_reward": shaped.mean().item() + stats["objective/non_score_reward"]}
-        exp = make_experience(rollout, shaped, args, kl_coef, per_token)
-        stats["val/explained_variance"] = explained_variance(exp.values, exp.returns, exp.response_mask).item()
-        policy = self.accelerator.unwrap_model(self.policy)
-        policy.critic = "detached" if self.warming_up and args.critic == "shared" else args.critic
-        stats |= self.update(exp, self.reference_answers(rollout.rows) if args.ptx_coef else None) | dict(lr=self.lr_scheduler.get_last_lr()[0])
-        self.kl_ctl.update(stats["objective/kl"], len(rollout.rows))
+        answers, scores = all_answers(self.accelerator, rollout, scores)
+        exp, stats = self.experience(answers, scores)
+        taught = self.reference_answers(rollout.rows) if args.ptx_coef else None
+        self.policy.critic = "detached" if self.warming_up and args.critic == "shared" else args.critic
+        stats |= self.update(exp, taught) | dict(lr=self.lr_scheduler.get_last_lr()[0])
+        self.kl_ctl.update(stats["objective/kl"], len(answers.logprobs))
         self.lr_scheduler.step()
-        self.state.global_step += 1
-        if self.train_dataset is not None: self.state.epoch = self.state.global_step * self.args.batch_size / len(self.train_dataset)
-        return stats | dict(episode=self.state.global_step * self.args.batch_size)
+        state.global_step += 1
+        if self.train_dataset is not None: state.epoch = self.episodes(state.global_step) / len(self.train_dataset)
+        return stats | dict(episode=self.episodes(state.global_step))
 
-# %% ../nbs/06_trainer.ipynb #aa5f9134
+    def experience(self, answers: Rollout, scores: Scores) -> tuple[Experience, dict[str, float]]: # And metrics
+        "Advantages from all processes' answers and scores."
+        args = self.args
+        kl_coef = 0. if args.kl_in_loss else self.kl_ctl.value
+        stats = rollout_stats(answers, scores, kl_coef, args.kl_estimator) | {"objective/kl_coef": self.kl_ctl.value}
+        shaped, per_token = self.shape(answers, scores)
+        exp, score = make_experience(answers, shaped, args, kl_coef, per_token), shaped.mean().item()
+        return exp, stats | {"objective/shaped_scores": score, "objective/rlhf_reward": score + stats["objective/non_score_reward"],
+                             "val/explained_variance": explained_variance(exp.values, exp.returns, exp.response_mask).item()}
+
+# %% ../nbs/06_trainer.ipynb #98f54159
 @torch.no_grad()
 def rollout_stats(rollout: Rollout,
                   scores: Scores,
@@ -406,47 +456,54 @@ def update_stats(logprobs: Tensor,  # Of the policy as it is, (n, T)
     mask = mb.response_mask
     ratio = torch.where(mask > 0, logprobs - mb.logprobs, 0.).exp()
     return {"policy/approxkl_avg": approx_kl(logprobs, mb.logprobs, mask), "policy/clipfrac_avg": clipped,
-            "loss/policy_avg": pl, "loss/value_avg": vl, "val/clipfrac_avg": vclipped, "val/ratio": masked_mean(ratio, mask), "val/ratio_var": masked_var(ratio, mask, unbiased=False)}
+            "loss/policy_avg": pl, "loss/value_avg": vl, "val/clipfrac_avg": vclipped,
+            "val/ratio": masked_mean(ratio, mask), "val/ratio_var": masked_var(ratio, mask, unbiased=False)}
 
-# %% ../nbs/06_trainer.ipynb #bf1c5fe7
+# %% ../nbs/06_trainer.ipynb #46a7da1a
 class Files(Verbs):
     "Models and checkpoints on disk."
     def save_model(self, output_dir: str | Path | None = None): # Default: args.output_dir
         "Adapter (or weights), value head and tokenizer."
         path = Path(output_dir or self.args.output_dir)
-        save_policy(self.accelerator.unwrap_model(self.policy), path)
+        if not self.accelerator.is_main_process: return
+        save_policy(self.policy, path)
         self.processing_class.save_pretrained(path)
 
     def save_checkpoint(self):
         "All that the run needs to go on, under `checkpoint-STEP`."
         scaler = self.accelerator.scaler
         state = dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict(),
-                     scaler=scaler.state_dict() if scaler else None, pending=self.pending, kl_coef=self.kl_ctl.value, moments=vars(self.moments), random=random_states(self.generator))
+                     scaler=scaler.state_dict() if scaler else None, pending=self.pending, kl_coef=self.kl_ctl.value,
+                     moments=vars(self.moments), random=random_states(self.generator))
         def write(folder: Path):
             self.save_model(folder)
             self.state.save_to_json(str(folder/"trainer_state.json"))
-        write_checkpoint(Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}", state, write)
-        keep_newest(self.args.output_dir, self.args.save_total_limit)
+        if self.accelerator.is_main_process:
+            write_checkpoint(Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}", state, write)
+            keep_newest(self.args.output_dir, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
         self.control = self.handler.on_save(self.args, self.state, self.control)
 
     def load_checkpoint(self, path: str | Path): # A folder that `save_checkpoint` wrote
         "Go on where the checkpoint was written."
         state = read_state(path)
-        load_weights(self.accelerator.unwrap_model(self.policy), path)
+        load_weights(self.policy, path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
         self.kl_ctl.value, self.moments, self.pending = state["kl_coef"], RunningMoments(**state["moments"]), state["pending"]
         self.state = TrainerState.load_from_json(str(Path(path)/"trainer_state.json"))
-        self.state.max_steps = self.args.max_steps
+        self.state.max_steps, self.state.is_world_process_zero = self.args.max_steps, self.accelerator.is_main_process
         set_random_states(state["random"], self.generator)
 
     def clear_output_dir(self):
         "Remove the checkpoints and logs of an earlier run, which `check_output_dir` has let go."
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process: return
         for old in checkpoints(self.args.output_dir): shutil.rmtree(old)
         for old in (Path(self.args.output_dir)/"trl").rglob("events.out.tfevents.*"): old.unlink()
 
-# %% ../nbs/06_trainer.ipynb #8074691a
+# %% ../nbs/06_trainer.ipynb #56f3e732
 class Watched(Files):
     "Timed, logged, evaluated."
     def timed_step(self, rows: list[dict]) -> dict[str, float]: # Metrics
@@ -457,17 +514,18 @@ class Watched(Files):
         scores = lap(self.score(answers))
         stats = lap(self.step(answers, scores))
         seconds = np.diff(clock).tolist()
-        speed = answers.response_mask.sum().item() / sum(seconds)
+        speed = self.summed(answers.response_mask.sum()).item() / sum(seconds)
         return stats | dict(zip(("time/rollout", "time/score", "time/step"), seconds)) | {"tokens/second": speed}
 
     def evaluate(self) -> dict[str, float]: # Metrics with the prefix eval/
         "Score the validation prompts; sampled answers use the same draws each time."
-        draws = torch.Generator().manual_seed(self.args.seed + 1)
-        answers = self.rollout(list(self.eval_dataset), draws, greedy=not self.args.eval_do_sample)
-        stats = rollout_stats(answers, self.score(answers), self.kl_ctl.value)
+        draws, n = torch.Generator().manual_seed(self.args.seed + 1), len(self.eval_dataset)
+        mine = self.mine(math.ceil(n / self.accelerator.num_processes))
+        answers = self.rollout([self.eval_dataset[i % n] for i in range(mine.start, mine.stop)], draws, greedy=not self.args.eval_do_sample)
+        stats = rollout_stats(*all_answers(self.accelerator, answers, self.score(answers), n), self.kl_ctl.value)
         names = {"objective/scores": "scores", "objective/kl": "kl", "objective/entropy": "entropy", "tokens/responses": "responses"}
-        stats = {f"eval/{names.get(k, k)}": v for k, v in stats.items() if k in names or k.startswith("rewards/")}
-        stats["eval/ended"] = answers.ended.float().mean().item()
+        stats = {f"eval/{names.get(k, k)}": v for k, v in stats.items() if k in names or k.startswith("rewards/")} | {
+            "eval/ended": stats["val/num_eos_tokens"] / n}
         self.control = self.handler.on_evaluate(self.args, self.state, self.control, stats)
         return stats
 

@@ -1,0 +1,42 @@
+"Two processes with a batch of B train like one with a batch of 2B; each writes answers of its own."
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_cli import history, rlhf_nb, short
+
+BIN = Path(sys.executable).parent
+SAME = ("objective/kl", "objective/scores", "objective/entropy", "objective/rlhf_reward", "objective/kl_coef", "policy/entropy_avg",
+        "policy/approxkl_avg", "loss/policy_avg", "loss/value_avg", "val/num_eos_tokens", "val/explained_variance", "tokens/responses",
+        "policy/grad_norm", "policy/optimizer_steps", "episode")
+
+
+def two_ranks(*flags):
+    "The program in two processes."
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no_python",
+                          BIN/"rlhf-nb", *map(str, flags)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+def flags(tiny, out, rows, *more):
+    return short(*tiny, out, "--batch_size", rows, "--mini_batch_size", rows, "--num_ppo_epochs", 2, "--max_steps", 3, "--save_steps", 3, "--adam_epsilon", 1e-3,
+                 "--do_eval", "--max_eval_samples", 5, "--adap_kl_horizon", 20, "--target_kl", .02, "--early_stopping", "--log_with", "none", *more)
+
+
+@pytest.mark.parametrize("more", [[], ["--whiten_rewards", "--use_score_scaling", "--critic", "adapter", "--critic_warmup_steps", 1, "--ent_coef", .01],
+                                  ["--use_peft", False, "--kl_in_loss", "--kl_estimator", "k3", "--ptx_coef", .1]],
+                         ids=["plain", "variations", "full"])
+def test_two_ranks_train_like_one(tiny, tmp_path, more):
+    two_ranks(*flags(tiny, tmp_path/"two", 4, *more))
+    rlhf_nb(*flags(tiny, tmp_path/"one", 8, *more))
+    for a, b in zip(history(tmp_path/"two"), history(tmp_path/"one"), strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() & set(SAME) | {k for k in a if k.startswith("eval/")}: assert a[name] == pytest.approx(b[name], rel=1e-4, abs=2e-5), name
+    files = [p.relative_to(tmp_path/"one") for p in sorted((tmp_path/"one").rglob("*.safetensors")) if "trainer" not in p.name and "checkpoint" not in str(p)]
+    assert len(files) >= 2
+    for file in files:
+        two, one = (load_file(tmp_path/run/file) for run in ("two", "one"))
+        assert max((two[k] - one[k]).abs().max() for k in one) < 1e-5, file
