@@ -25,9 +25,9 @@ def make(arch, folder, lora, pad_is_eos=False, **settings):
         if p.requires_grad: p.data += .03 * torch.randn_like(p)
     kw = dict(output_dir=str(folder), batch_size=5, mini_batch_size=2, gradient_accumulation_steps=2, num_ppo_epochs=2, max_target_length=14,
               min_target_length=2, temperature=.8, learning_rate=1e-3, adam_epsilon=1e-3, weight_decay=.01, max_grad_norm=.5,
-              torch_dtype="float32", log_with="none", disable_tqdm=True)
+              torch_dtype="float32", log_with="none", disable_tqdm=True, seed=1)
     trainer = PPOTrainer(policy, lambda prompts, **k: [0.] * len(prompts), PPOConfig(**kw | settings), processing_class=tok)
-    trainer.sampling = trainer.sampling._replace(eos_token_ids=(tok.eos_token_id, *range(5, 1000, 4)))
+    trainer.sampling = trainer.sampling._replace(eos_token_ids=(tok.eos_token_id, *range(5, 1000, 3)))
     return trainer
 
 
@@ -103,6 +103,7 @@ def compare(trainer):
     orders = torch.Generator()
     orders.set_state(trainer.generator.get_state())
     epochs = [torch.randperm(len(rows), generator=orders).tolist() for _ in range(args.num_ppo_epochs)]
+    assert len({e[-1] for e in epochs}) > 1
     before = [p.detach().clone() for p in policy.parameters() if p.requires_grad]
     trainer.step(out, scores)
     ref = without_adapter(plain.lm) if plain.ref_lm is None else plain.ref_lm
