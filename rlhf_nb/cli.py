@@ -86,7 +86,7 @@ def loading(flag: str, name: str): # Setting, and the hub name or folder it was 
     try: yield
     except (OSError, SafetensorError) as e: raise ValueError(f"{flag}={name} cannot be loaded: {str(e).strip().splitlines()[0]}") from e
 
-# %% ../nbs/10_cli.ipynb #92e5a3c6
+# %% ../nbs/10_cli.ipynb #f856562e
 def make_trainer(model_args: ModelArguments,
                  data_args: DataArguments,
                  args: PPOConfig,
@@ -125,9 +125,10 @@ def train(argv: list[str]) -> PPOTrainer:
     else:
         metrics = trainer.evaluate()
         if trainer.accelerator.is_main_process: print("\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    PartialState().destroy_process_group()
     return trainer
 
-# %% ../nbs/10_cli.ipynb #fecbfc56
+# %% ../nbs/10_cli.ipynb #e3439a14
 @dataclass
 class DemoArguments:
     "What only the demo has."
@@ -161,6 +162,8 @@ def answers_to(trainer: PPOTrainer, n: int = 6) -> tuple[Rollout, list[float]]: 
 def demo(argv: list[str]) -> PPOTrainer:
     "PPO in a tiny world with a known true reward; answers before and after."
     model_args, data_args, args, own = demo_settings(argv)
+    run_device()
+    if PartialState().num_processes > 1: raise ValueError("demo runs in one process; train runs in several")
     out = Path(args.output_dir)
     if own.rebuild:
         check_output_dir(out, args.overwrite_output_dir, bool(args.resume_from_checkpoint))

@@ -58,7 +58,7 @@ def validate(config: Any): # A dataclass instance
         value = getattr(config, f.name)
         if problem := complaint(value, hints[f.name]): raise ValueError(f"{f.name}={value!r}: {problem}")
 
-# %% ../nbs/00_config.ipynb #14e94575
+# %% ../nbs/00_config.ipynb #c9bea358
 @dataclass
 class SamplingSettings:
     "How answers are written."
@@ -66,7 +66,7 @@ class SamplingSettings:
     rollout_batch_size: Count | None = setting(None, "Prompts that are answered at once, in evaluation too; default: batch_size")
     max_source_length: Count = setting(256, "Longest prompt, in tokens")
     max_target_length: Count = setting(256, "Longest answer, in tokens")
-    min_target_length: Whole = setting(4, "Tokens before an answer may end")
+    min_target_length: Whole = setting(4, "Tokens before EOS may end an answer")
     stop_strings: list[str] | None = setting(None, "Texts that end an answer, too, and are cut from it: the user's turn marker, say")
     temperature: Positive = setting(1.0, "Sampling temperature, in effect wherever log-probs are computed")
 

@@ -154,15 +154,13 @@ def alpaca_prompt(messages: list[dict], # Ends with a user's message
         else: text += m["content"]
     return text
 
-# %% ../nbs/01_data.ipynb #546b76af
-def with_system(render: Callable[[list[dict]], str], # Messages to prompt
-                system: str | None,                  # The system message; None: none
-) -> Callable[[list[dict]], str]:
+# %% ../nbs/01_data.ipynb #db2041bc
+def with_system(messages: list[dict],
+                system: str | None,   # The system message; None: none
+) -> list[dict]:
     "The same, after a system message where there is none."
-    def spoken(messages):
-        has_one = system is None or (messages and messages[0]["role"] == "system")
-        return render(messages if has_one else [dict(role="system", content=system), *messages])
-    return spoken
+    has_one = any(m["role"] == "system" for m in messages)
+    return messages if system is None or has_one else [dict(role="system", content=system), *messages]
 
 # %% ../nbs/01_data.ipynb #c3095259
 def chat_prompt(messages: list[dict],               # Ends with a user's message
@@ -225,12 +223,13 @@ def fit_text(text: str,                   # A prompt to use as it stands
     if length(text) <= max_length: return text
     return longest_prefix(text[::-1], lambda end: length(end[::-1]) <= max_length)[::-1]
 
-# %% ../nbs/01_data.ipynb #936324fc
+# %% ../nbs/01_data.ipynb #5ea945c5
 def prepare(row: Any,                                   # One row, of any schema
             where: str,                                 # Its place, for the error
             render: Callable[[list[dict]], str],        # Messages to prompt
             length: Callable[[str], int] | None = None, # Tokens of a prompt
             max_length: int | None = None,              # Longest prompt, in tokens
+            system: str | None = None,                  # For conversations without a system message
 ) -> dict:                                              # `prompt`, `question`, the other columns, and `_cut`
     "One row, ready for the policy; `BadRow` if it cannot be."
     source, turns = normalise(row, where), row.get("conversations")
@@ -239,6 +238,7 @@ def prepare(row: Any,                                   # One row, of any schema
     if isinstance(source, str):
         prompt = question = kept = fit_text(source, length, max_length) if length and max_length else source
     else:
+        source = with_system(source, system)
         try:
             kept = fit(source, render, length, max_length) if length and max_length else source
             prompt = render(kept)
@@ -269,7 +269,7 @@ def unique(rows: list[dict], # Prepared rows
     "Rows without those whose prompt came before."
     return list({row["prompt"]: row for row in reversed(rows)}.values())[::-1]
 
-# %% ../nbs/01_data.ipynb #f209f320
+# %% ../nbs/01_data.ipynb #c6b235dd
 def to_dataset(rows: list[dict],  # Prepared rows, perhaps with different columns
                seed: int,         # Of the order
 ) -> Dataset:
@@ -290,7 +290,7 @@ def load_split(rows: Iterator[tuple[str, Any]],              # Places and rows
     chat = lambda messages: chat_prompt(messages, tokenizer)
     def ready(row: Any, where: str) -> dict:
         is_chat = args.prompt_template == "chat" or isinstance(row, dict) and isinstance(row.get("prompt"), list)
-        return prepare(row, where, with_system(chat if is_chat else alpaca_prompt, args.system_prompt), length, max_length)
+        return prepare(row, where, chat if is_chat else alpaca_prompt, length, max_length, args.system_prompt)
     done, bad = good_rows(rows, args.on_bad_row, ready)
     kept = unique(done)
     cut = sum(row.pop("_cut") for row in kept)

@@ -10,9 +10,10 @@ __all__ = ['logger', 'CRITIC', 'REFERENCE', 'VALUE_HEAD', 'Sampling', 'sampling_
            'load_value_head', 'load_policy', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'save_policy',
            'load_weights', 'merge_adapter']
 
-# %% ../nbs/02_models.ipynb #0dd9493d
+# %% ../nbs/02_models.ipynb #c209efeb
 import inspect
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -114,11 +115,11 @@ def modernise(lm: PreTrainedModel) -> PreTrainedModel: # The same, its BLOOM lay
         if isinstance(m, BloomMLP): m.gelu_impl = nn.GELU(approximate="tanh")
     return lm
 
-# %% ../nbs/02_models.ipynb #31c86bf0
+# %% ../nbs/02_models.ipynb #e522da02
 class PolicyOutput(NamedTuple):
     "What the policy says of a response."
     logprobs: Tensor        # Of the drawn tokens, (B, T), float32
-    values: Tensor          # Expected reward before each token, (B, T), float32
+    values: Tensor | None   # Expected reward before each token, (B, T), float32
     entropy: Tensor | None  # In nats, (B, T), float32
 
 def output_layer(lm: PreTrainedModel | PeftModel) -> nn.Module: # The layer that makes logits
@@ -135,7 +136,7 @@ def positions(mask: Tensor, # 1 for real tokens, (B, N)
     "Positions that start at 0 at the first real token."
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
-# %% ../nbs/02_models.ipynb #6872c565
+# %% ../nbs/02_models.ipynb #ff5a15df
 CRITIC = "critic"
 
 @contextmanager
@@ -143,6 +144,9 @@ def use_adapter(lm: PeftModel,   # With more than one adapter
                 name: str,       # The one to use inside
 ) -> Iterator[None]:
     "Another adapter inside, the present one afterwards, whatever happens; what is trained stays so."
+    if lm.active_adapter == name:
+        yield
+        return
     before, trained = lm.active_adapter, [p for p in lm.parameters() if p.requires_grad]
     lm.set_adapter(name)
     for p in trained: p.requires_grad_(True)
@@ -152,7 +156,7 @@ def use_adapter(lm: PeftModel,   # With more than one adapter
         lm.requires_grad_(False)
         for p in trained: p.requires_grad_(True)
 
-# %% ../nbs/02_models.ipynb #59e59446
+# %% ../nbs/02_models.ipynb #efa51abc
 class ActorCritic(nn.Module):
     "A decoder with a value head."
     critic = "shared"
@@ -164,6 +168,10 @@ class ActorCritic(nn.Module):
         weight = output_layer(lm).weight
         self.value_head = nn.Linear(weight.shape[-1], 1, dtype=torch.float32, device=weight.device)
         nn.init.zeros_(self.value_head.weight); nn.init.zeros_(self.value_head.bias)
+        self.settle()
+
+    def settle(self):
+        "Evaluation mode throughout, but for bitsandbytes' layers."
         self.eval()
         for m in self.modules():
             if type(m).__module__.startswith("bitsandbytes"): m.train()
@@ -205,7 +213,7 @@ def freeze_copy_of_adapter(lm: PeftModel): # Gets a second, frozen adapter
     set_peft_model_state_dict(lm, get_peft_model_state_dict(lm, adapter_name=name), adapter_name=REFERENCE)
     lm.set_adapter(name)
 
-# %% ../nbs/02_models.ipynb #bfc8a8cd
+# %% ../nbs/02_models.ipynb #fa6fd466
 class Policy(ActorCritic):
     "A decoder with a value head, and its reference."
     source: str | None = None
@@ -243,7 +251,7 @@ class Policy(ActorCritic):
         own = [p for name, p in self.lm.named_parameters() if f".{CRITIC}." in name]
         for p in own: p.data = p.data.float()
         for p in trained + own: p.requires_grad_(True)
-        self.eval()
+        self.settle()
 
 # %% ../nbs/02_models.ipynb #4e4110de
 def lora_targets(lm: PreTrainedModel,          # The base model
@@ -362,7 +370,7 @@ def end_tokens(lm: PreTrainedModel | PeftModel, tok: PreTrainedTokenizerBase) ->
     more = [] if more is None else [more] if isinstance(more, int) else more
     return tuple(dict.fromkeys([tok.eos_token_id, *more]))
 
-# %% ../nbs/02_models.ipynb #f5992abd
+# %% ../nbs/02_models.ipynb #47523062
 def save_policy(policy: Policy, path: str | Path): # A folder, made if need be
     "Adapter (or all weights) as peft and transformers write them, and the value head."
     path = Path(path)
@@ -370,6 +378,7 @@ def save_policy(policy: Policy, path: str | Path): # A folder, made if need be
     adapter = {}
     if isinstance(policy.lm, PeftModel):
         adapter = dict(selected_adapters=[policy.lm.active_adapter, *([CRITIC] if CRITIC in policy.lm.peft_config else [])])
+    shutil.rmtree(path/CRITIC, ignore_errors=True)
     policy.lm.save_pretrained(path, **adapter)
     if adapter and (named := path/policy.lm.active_adapter).is_dir():
         for file in named.iterdir(): file.replace(path/file.name)

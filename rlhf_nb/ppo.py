@@ -69,7 +69,7 @@ def token_rewards(scores: Tensor, # One per answer, (B,)
     rewards[rows, last[rows]] += scores[rows].to(rewards)
     return rewards
 
-# %% ../nbs/05_ppo.ipynb #7d0d8153
+# %% ../nbs/05_ppo.ipynb #3e977499
 class RunningMoments:
     "Mean and standard deviation of all that was seen so far (Chan et al. 1983)."
     def __init__(self, n: int = 0, mean: float = 0., sq: float = 0.): # Count, mean, sum of squared deviations
@@ -77,7 +77,7 @@ class RunningMoments:
 
     def update(self, x: Tensor): # (B,)
         "See more."
-        x = x.double()
+        x = x.cpu().double()
         n, delta = self.n + len(x), x.mean().item() - self.mean
         self.sq += ((x - x.mean()) ** 2).sum().item() + delta ** 2 * self.n * len(x) / n
         self.mean += delta * len(x) / n

@@ -5,9 +5,10 @@ from test_cli import history, run, short
 pytest.importorskip("bitsandbytes")
 
 
+@pytest.mark.parametrize("critic", ("shared", "adapter"))
 @pytest.mark.parametrize("bits", (8, 4))
-def test_quantised_base_is_trained_through(tiny, tmp_path, bits):
-    run(*short(*tiny, tmp_path/"out", f"--load_in_{bits}bit", "--torch_dtype", "auto", "--learning_rate", 1e-4))
+def test_quantised_base_is_trained_through(tiny, tmp_path, bits, critic):
+    run(*short(*tiny, tmp_path/"out", f"--load_in_{bits}bit", "--torch_dtype", "auto", "--learning_rate", 1e-4, "--critic", critic))
     first, second = history(tmp_path/"out")
     assert first["objective/kl"] == 0 and abs(first["val/ratio"] - 1) < 1e-2
     assert first["policy/grad_norm"] > 0 and second["objective/kl"] != 0

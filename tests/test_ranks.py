@@ -22,21 +22,54 @@ def two_ranks(*flags):
 
 
 def flags(tiny, out, rows, *more):
-    return short(*tiny, out, "--batch_size", rows, "--mini_batch_size", rows, "--num_ppo_epochs", 2, "--max_steps", 3, "--save_steps", 3, "--adam_epsilon", 1e-3,
+    return short(*tiny, out, "--batch_size", rows, "--mini_batch_size", rows // 2, "--num_ppo_epochs", 2, "--max_steps", 3, "--save_steps", 3, "--adam_epsilon", 1e-3,
                  "--do_eval", "--max_eval_samples", 5, "--adap_kl_horizon", 20, "--target_kl", .02, "--early_stopping", "--log_with", "none", *more)
 
 
-@pytest.mark.parametrize("more", [[], ["--whiten_rewards", "--use_score_scaling", "--critic", "adapter", "--critic_warmup_steps", 1, "--ent_coef", .01],
+@pytest.mark.parametrize("more", [[], ["--whiten_rewards", "--use_score_scaling", "--critic", "adapter", "--critic_warmup_steps", 1, "--ent_coef", .01,
+                                   "--gradient_checkpointing", "--stop_strings", "e"],
                                   ["--use_peft", False, "--kl_in_loss", "--kl_estimator", "k3", "--ptx_coef", .1]],
                          ids=["plain", "variations", "full"])
 def test_two_ranks_train_like_one(tiny, tmp_path, more):
     two_ranks(*flags(tiny, tmp_path/"two", 4, *more))
     rlhf_nb(*flags(tiny, tmp_path/"one", 8, *more))
     for a, b in zip(history(tmp_path/"two"), history(tmp_path/"one"), strict=True):
-        assert a.keys() == b.keys()
+        assert a.keys() == b.keys() and (set(SAME) <= a.keys() or "eval/scores" in a)
         for name in a.keys() & set(SAME) | {k for k in a if k.startswith("eval/")}: assert a[name] == pytest.approx(b[name], rel=1e-4, abs=2e-5), name
     files = [p.relative_to(tmp_path/"one") for p in sorted((tmp_path/"one").rglob("*.safetensors")) if "trainer" not in p.name and "checkpoint" not in str(p)]
     assert len(files) >= 2
     for file in files:
         two, one = (load_file(tmp_path/run/file) for run in ("two", "one"))
         assert max((two[k] - one[k]).abs().max() for k in one) < 1e-5, file
+
+
+MIXED = """
+import sys
+from datasets import Dataset
+from rlhf_nb.config import PPOConfig
+from rlhf_nb.tiny import tiny_policy
+from rlhf_nb.trainer import PPOTrainer
+
+def mixed(prompts, completion_ids, **columns):
+    return [[1.] * len(ids) if "code" in p else 3. for p, ids in zip(prompts, completion_ids)]
+
+args = PPOConfig(output_dir=sys.argv[1], batch_size=int(sys.argv[2]), max_steps=1, num_ppo_epochs=1, mini_batch_size=int(sys.argv[2]), max_target_length=6,
+                 torch_dtype="float32", log_with="none", disable_tqdm=True)
+policy, tok = tiny_policy()
+data = Dataset.from_dict(dict(prompt=["code a", "b", "c", "d"]))
+trainer = PPOTrainer(policy, mixed, args, data, data, processing_class=tok)
+trainer.train()
+if trainer.accelerator.is_main_process: print("RETURNS", [round(trainer.last(n), 4) for n in ("objective/scores", "loss/value_avg", "policy/grad_norm")])
+print("AFTER", trainer.evaluate()["eval/scores"])
+"""
+
+
+def test_ranks_whose_rewards_differ_in_kind(tmp_path):
+    said = []
+    for ranks, rows in ((2, 2), (1, 4)):
+        run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--no_python", sys.executable, "-c", MIXED,
+                              tmp_path/str(ranks), str(rows)], capture_output=True, text=True, timeout=200)
+        assert run.returncode == 0, run.stderr
+        said.append(next(line for line in run.stdout.splitlines() if "RETURNS" in line))
+        assert run.stdout.count("AFTER") == ranks
+    assert said[0] == said[1]
