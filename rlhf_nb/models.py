@@ -177,7 +177,24 @@ def head_is_plain(lm: PreTrainedModel | PeftModel) -> bool:
         said = lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=known.device), use_cache=False).logits
     return torch.equal(said.float(), known.to(head.weight.dtype).float().expand_as(said))
 
-# %% ../nbs/02_models.ipynb #48efe0d6
+# %% ../nbs/02_models.ipynb #f5a44ba6
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, bias, scale):
+        flat = lambda x: x.expand(*q.shape[:2], -1, -1).flatten(0, 1)
+        p = torch.baddbmm(flat(bias), flat(q), flat(k).transpose(1, 2), alpha=scale).softmax(-1)
+        ctx.save_for_backward(q, k, v, p)
+        ctx.scale = scale
+        return torch.bmm(p, flat(v)).view_as(q)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, grad, p = *(x.flatten(0, 1) for x in (*ctx.saved_tensors[:3], grad)), ctx.saved_tensors[3]
+        scores = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype).mul_(ctx.scale)
+        parts = torch.bmm(scores, k), torch.bmm(scores.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), grad)
+        return *(x.view_as(like) for x, like in zip(parts, ctx.saved_tensors)), None, None
+
+# %% ../nbs/02_models.ipynb #cf10cf84
 class SdpaBloomAttention(BloomAttention):
     "BLOOM's attention through `scaled_dot_product_attention`; ALiBi and the mask are its bias."
     def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, use_cache=False, output_attentions=False, **kwargs):
@@ -185,7 +202,9 @@ class SdpaBloomAttention(BloomAttention):
         if layer_past is not None: k, v = layer_past.update(k, v, self.layer_idx)
         bias = alibi.view(len(q), self.num_heads, 1, -1)
         if attention_mask is not None: bias = bias + attention_mask
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=self.inv_norm_factor)
+        whole = layer_past is None and q.device.type == "cpu"
+        attend = _Attention.apply if whole else lambda *a: F.scaled_dot_product_attention(*a[:4], scale=a[4])
+        out = attend(q, k, v, bias.to(q.dtype), self.inv_norm_factor)
         out = self.dense(out.transpose(1, 2).flatten(2))
         return residual + F.dropout(out, self.hidden_dropout, self.training), None
 
