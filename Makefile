@@ -1,8 +1,9 @@
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+PEER = runs/peer
 
-.PHONY: demo test test-slow notebooks readme clean
+.PHONY: demo test test-slow bench notebooks readme clean
 
 demo: $(READY)
 	$(BIN)/rlhf-nb demo $(ARGS)
@@ -15,6 +16,14 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/nbdev_test --n_workers 2 --flags slow
 	$(BIN)/python -m pytest -q tests --slow
+
+bench: $(READY) $(PEER)/.ready
+	$(BIN)/python bench/run.py runs/bench $(PEER)/bin/python bench/results.json $(ARGS)
+
+$(PEER)/.ready: bench/peer.txt
+	python3 -m venv $(PEER)
+	$(PEER)/bin/python -m pip install -q -r bench/peer.txt
+	touch $@
 
 notebooks: $(READY)
 	$(BIN)/python tests/notebooks.py $(ARGS)

@@ -4,9 +4,10 @@ It needs a reward model with the policy's tokenizer and a value model, so both a
 that its documentation shows."""
 import argparse
 import json
-import resource
+import re
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -47,5 +48,5 @@ with tempfile.TemporaryDirectory() as out:
     lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=.05, task_type="CAUSAL_LM")
     PPOTrainer(config, processing_class=tok, model=policy, ref_model=None, reward_model=reward, value_model=value, train_dataset=data,
                callbacks=[Clock], peft_config=lora).train()
-peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
 print(json.dumps(dict(seconds=Clock.seconds, peak_gb=peak)))

@@ -79,10 +79,10 @@ def table(shape: str, found: dict, least: dict[str, float]) -> Table:
 
 if __name__ == "__main__":
     work, peer, results, *shapes = sys.argv[1:]
-    rates = machine()
-    print(f"{rates['cores']} cores; {rates['read'] / 1e9:.0f} GB/s read, {rates['operations'] / 1e9:.0f} GFLOP/s in bfloat16")
-    found = dict(machine=rates)
+    found = json.loads(Path(results).read_text()) if Path(results).exists() else {}
     for shape in shapes or SHAPES:
-        found[shape] = measure(shape, Path(work), peer) | dict(floor=floor(shape, rates))
+        rates = machine()
+        print(f"{rates['cores']} cores; {rates['read'] / 1e9:.0f} GB/s read, {rates['operations'] / 1e9:.0f} GFLOP/s in bfloat16")
+        found[shape] = measure(shape, Path(work), peer) | dict(floor=floor(shape, rates), machine=rates)
         Console().print(table(shape, found[shape], found[shape]["floor"]))
-    Path(results).write_text(json.dumps(found, indent=1) + "\n")
+        Path(results).write_text(json.dumps(found, indent=1) + "\n")

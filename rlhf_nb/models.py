@@ -177,7 +177,7 @@ def head_is_plain(lm: PreTrainedModel | PeftModel) -> bool:
         said = lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=known.device), use_cache=False).logits
     return torch.equal(said.float(), known.to(head.weight.dtype).float().expand_as(said))
 
-# %% ../nbs/02_models.ipynb #f5a44ba6
+# %% ../nbs/02_models.ipynb #9b0db684
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, scale):
@@ -189,10 +189,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, grad, p = *(x.flatten(0, 1) for x in (*ctx.saved_tensors[:3], grad)), ctx.saved_tensors[3]
+        shape, saved = grad.shape, ctx.saved_tensors
+        q, k, v, grad, p = *(x.flatten(0, 1) for x in (*saved[:3], grad)), saved[3]
         scores = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype).mul_(ctx.scale)
         parts = torch.bmm(scores, k), torch.bmm(scores.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), grad)
-        return *(x.view_as(like) for x, like in zip(parts, ctx.saved_tensors)), None, None
+        return *(x.view(shape) for x in parts), None, None
 
 # %% ../nbs/02_models.ipynb #cf10cf84
 class SdpaBloomAttention(BloomAttention):

@@ -1,38 +1,52 @@
 "Peak memory, each in a process of its own."
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to tell a process's peak")
 
 PEAK = """
-import resource, sys, torch
-from datasets import Dataset
+import re, sys, torch
+from pathlib import Path
 from peft import LoraConfig
+from transformers import BloomConfig, BloomForCausalLM
 from rlhf_nb.config import PPOConfig
 from rlhf_nb.rollout import Rollout
-from rlhf_nb.tiny import tiny_policy
+from rlhf_nb.tiny import policy_tokenizer
 from rlhf_nb.trainer import PPOTrainer
 
-def megabytes(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-settings = dict(output_dir=sys.argv[1], batch_size=8, mini_batch_size=8, num_ppo_epochs=1, torch_dtype="float32", log_with="none", disable_tqdm=True)
-policy, tok = tiny_policy("bloom", hidden_size=128, n_layer=8)
-reward = lambda prompts, **rest: [0.] * len(prompts)
-trainer = PPOTrainer(policy, reward, PPOConfig(**settings, gradient_checkpointing=sys.argv[2] == "on"), processing_class=tok, peft_config=LoraConfig())
+folder, (rows, tokens, layers, hidden, vocab, checkpointing) = sys.argv[1], map(int, sys.argv[2:])
+policy = BloomForCausalLM(BloomConfig(n_layer=layers, n_head=4, hidden_size=hidden, vocab_size=vocab))
+args = PPOConfig(output_dir=folder, batch_size=rows, mini_batch_size=rows, num_ppo_epochs=1, torch_dtype="float32", log_with="none", disable_tqdm=True,
+                 gradient_checkpointing=bool(checkpointing))
+trainer = PPOTrainer(policy, lambda prompts, **rest: [0.] * len(prompts), args, processing_class=policy_tokenizer(),
+                     peft_config=LoraConfig(target_modules=["query_key_value"]))
 torch.manual_seed(0)
-ids, ones, some = torch.randint(3, 900, (8, 256)), torch.ones(8, 256, dtype=torch.long), torch.zeros(8, 256)
-answers = Rollout([{}] * 8, [""] * 8, [""] * 8, ids, ones, ids, ones, some, some, some, some, torch.ones(8, dtype=torch.bool))
+ids, ones = torch.randint(3, vocab, (rows, tokens)), torch.ones(rows, tokens, dtype=torch.long)
+megabytes = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 before = megabytes()
-trainer.step(answers, torch.randn(8))
+with torch.no_grad(): out = trainer.policy(ids[:, :8], ones[:, :8], ids, ones, trainer.sampling, entropy=True)
+answers = Rollout([{}] * rows, [""] * rows, [""] * rows, ids[:, :8], ones[:, :8], ids, ones, out.logprobs, out.logprobs, out.values, out.entropy, ones[:, 0] > 0)
+trainer.step(answers, torch.randn(rows))
 print(megabytes() - before)
 """
 
 
-def peak(folder, checkpointing):
-    "Megabytes that an update adds."
-    run = subprocess.run([sys.executable, "-c", PEAK, folder, checkpointing], capture_output=True, text=True)
+def peak(folder, **size):
+    "Megabytes that scoring some answers and learning from them adds."
+    run = subprocess.run([sys.executable, "-c", PEAK, folder, *map(str, size.values())], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return float(run.stdout.split()[-1])
 
 
 def test_gradient_checkpointing_lowers_the_peak(tmp_path):
-    kept, recomputed = peak(tmp_path, "off"), peak(tmp_path, "on")
+    kept, recomputed = (peak(tmp_path, rows=8, tokens=256, layers=8, hidden=128, vocab=1000, checkpointing=on) for on in (0, 1))
     assert recomputed < .6 * kept, (kept, recomputed)
+
+
+def test_memory_does_not_grow_with_answers_times_vocabulary(tmp_path):
+    short, long = (peak(tmp_path, rows=4, tokens=n, layers=1, hidden=32, vocab=250_880, checkpointing=0) for n in (128, 512))
+    logits = 4 * (512 - 128) * 250_880 * 4 / 2**20
+    assert long - short < .1 * logits, (short, long)
