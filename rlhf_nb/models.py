@@ -253,7 +253,7 @@ def use_adapter(lm: PeftModel,   # With more than one adapter
         lm.requires_grad_(False)
         for p in trained: p.requires_grad_(True)
 
-# %% ../nbs/02_models.ipynb #ad56032e
+# %% ../nbs/02_models.ipynb #5b272970
 class ActorCritic(nn.Module):
     "A decoder with a value head."
     critic = "shared"
@@ -263,6 +263,7 @@ class ActorCritic(nn.Module):
         for p in lm.parameters():
             if p.requires_grad: p.data = p.data.float()
         self.plain_head, weight = head_is_plain(lm), lm.get_output_embeddings().weight
+        if not self.plain_head and not weight.requires_grad: logger.info("The output layer of this %s does not fit the fast path: its logits are kept whole", lm.config.model_type)
         self.value_head = nn.Linear(weight.shape[-1], 1, dtype=torch.float32, device=weight.device)
         nn.init.zeros_(self.value_head.weight); nn.init.zeros_(self.value_head.bias)
         self.settle()

@@ -44,13 +44,13 @@ def sample_tokens(logits: Tensor,   # (B, V), float32
     index, rest = draw(sums, uniform.to(sums) * sums.sum(-1))
     return index * block + draw(p[torch.arange(len(p), device=p.device), index], rest)[0]
 
-# %% ../nbs/04_rollout.ipynb #8ca6d289
+# %% ../nbs/04_rollout.ipynb #5636e364
 def for_few_rows(weight: Tensor,      # (out, in)
                  bias: Tensor | None, # (out,)
                  rows: int,
 ) -> Callable[[Tensor], Tensor]:
     "The linear layer as a function; packed by oneDNN where that is faster."
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+    if weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return lambda x: F.linear(x.to(weight.dtype), weight, bias)
     laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), laid_out, bias, "none", [], "")
@@ -65,7 +65,10 @@ def merged_weight(layer: LoraLinear) -> Tensor: # (out, in)
 def ready_to_write(lm: PreTrainedModel, # Without a wrapper
                    rows: int,           # That are written at once
 ) -> Iterator[None]:
-    "Inside, linear layers are merged and packed; the weights themselves stay as they are."
+    "Inside, on a CPU, linear layers are merged and packed; the weights themselves stay as they are."
+    if lm.device.type != "cpu":
+        yield
+        return
     lora = [m for m in lm.modules() if type(m) is LoraLinear and type(m.base_layer) is nn.Linear and not m.lora_variant]
     inner = {part for m in lora for part in m.modules() if part is not m}
     plain = [m for m in lm.modules() if type(m) is nn.Linear and m not in inner and m.weight.dtype == torch.bfloat16]
