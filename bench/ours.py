@@ -1,14 +1,13 @@
 """Time our PPOTrainer; the last line is JSON: ours.py MODELS SHAPE [--steps 3] [--dtype bfloat16]"""
 import argparse
 import json
-import re
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from datasets import Dataset
 from models import SHAPES
+from peak import peak_gb
 
 import rlhf_nb.rollout
 from rlhf_nb.config import ModelArguments, PPOConfig
@@ -48,5 +47,4 @@ for rows in trainer.batches():
     seen = trainer.timed_step(rows)
     assert seen["tokens/responses"] == s["response"]
     steps.append({"write": writing[0], "look": seen["time/rollout"] - writing[0], "reward": seen["time/score"], "update": seen["time/step"]})
-peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
-print(json.dumps(dict(steps=steps, seconds=[sum(step.values()) for step in steps], peak_gb=peak, device=str(device), dtype=args.dtype)))
+print(json.dumps(dict(steps=steps, seconds=[sum(step.values()) for step in steps], peak_gb=peak_gb(), device=str(device), dtype=args.dtype)))

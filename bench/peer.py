@@ -4,14 +4,13 @@ It needs a reward model with the policy's tokenizer and a value model, so both a
 that its documentation shows."""
 import argparse
 import json
-import re
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from peak import peak_gb
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -48,5 +47,4 @@ with tempfile.TemporaryDirectory() as out:
     lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=.05, task_type="CAUSAL_LM")
     PPOTrainer(config, processing_class=tok, model=policy, ref_model=None, reward_model=reward, value_model=value, train_dataset=data,
                callbacks=[Clock], peft_config=lora).train()
-peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
-print(json.dumps(dict(seconds=Clock.seconds, peak_gb=peak)))
+print(json.dumps(dict(seconds=Clock.seconds, peak_gb=peak_gb())))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'CHUNK', 'BLOCK', 'CRITIC', 'REFERENCE', 'VALUE_HEAD', 'Sampling', 'sampling_logits', 'token_logprobs',
            'token_entropy', 'head_part', 'head_logprobs', 'head_replaced', 'head_is_plain', 'SdpaBloomAttention',
-           'modernise', 'PolicyOutput', 'takes_position_ids', 'positions', 'use_adapter', 'ActorCritic',
+           'modernise', 'PolicyOutput', 'unwrapped', 'takes_position_ids', 'positions', 'use_adapter', 'ActorCritic',
            'freeze_copy_of_adapter', 'Policy', 'lora_targets', 'run_device', 'has_bf16', 'resolve_dtype',
            'check_decoder', 'quantization', 'load_lm', 'lora_config', 'load_adapter_weights', 'load_value_head',
            'load_policy', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'save_policy', 'load_weights',
@@ -195,7 +195,7 @@ class _Attention(torch.autograd.Function):
         parts = torch.bmm(scores, k), torch.bmm(scores.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), grad)
         return *(x.view(shape) for x in parts), None, None
 
-# %% ../nbs/02_models.ipynb #cf10cf84
+# %% ../nbs/02_models.ipynb #a32e3b2a
 class SdpaBloomAttention(BloomAttention):
     "BLOOM's attention through `scaled_dot_product_attention`; ALiBi and the mask are its bias."
     def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, use_cache=False, output_attentions=False, **kwargs):
@@ -203,9 +203,9 @@ class SdpaBloomAttention(BloomAttention):
         if layer_past is not None: k, v = layer_past.update(k, v, self.layer_idx)
         bias = alibi.view(len(q), self.num_heads, 1, -1)
         if attention_mask is not None: bias = bias + attention_mask
-        whole = layer_past is None and q.device.type == "cpu"
-        attend = _Attention.apply if whole else lambda *a: F.scaled_dot_product_attention(*a[:4], scale=a[4])
-        out = attend(q, k, v, bias.to(q.dtype), self.inv_norm_factor)
+        bias, scale = bias.to(q.dtype), self.inv_norm_factor
+        if layer_past is None and q.device.type == "cpu": out = _Attention.apply(q, k, v, bias, scale)
+        else: out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
         out = self.dense(out.transpose(1, 2).flatten(2))
         return residual + F.dropout(out, self.hidden_dropout, self.training), None
 
@@ -216,17 +216,20 @@ def modernise(lm: PreTrainedModel) -> PreTrainedModel: # The same, its BLOOM lay
         if isinstance(m, BloomMLP): m.gelu_impl = nn.GELU(approximate="tanh")
     return lm
 
-# %% ../nbs/02_models.ipynb #a5a547bd
+# %% ../nbs/02_models.ipynb #84036ee9
 class PolicyOutput(NamedTuple):
     "What the policy says of a response."
     logprobs: Tensor        # Of the drawn tokens, (B, T), float32
     values: Tensor | None   # Expected reward before each token, (B, T), float32
     entropy: Tensor | None  # In nats, (B, T), float32
 
+def unwrapped(lm: PreTrainedModel | PeftModel) -> PreTrainedModel: # Its layers keep their adapters
+    "The model without peft's wrapper."
+    return lm.get_base_model() if isinstance(lm, PeftModel) else lm
+
 def takes_position_ids(lm: PreTrainedModel | PeftModel) -> bool: # False where positions follow from the mask (ALiBi)
     "Does the architecture want to be told positions?"
-    base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
-    return "position_ids" in inspect.signature(type(base).forward).parameters
+    return "position_ids" in inspect.signature(type(unwrapped(lm)).forward).parameters
 
 def positions(mask: Tensor, # 1 for real tokens, (B, N)
 ) -> Tensor:                # (B, N)

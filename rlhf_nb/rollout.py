@@ -6,13 +6,12 @@
 __all__ = ['draw', 'sample_tokens', 'for_few_rows', 'merged_weight', 'ready_to_write', 'RoomyLayer', 'roomy_cache', 'generate',
            'Rollout', 'pad_rows', 'decode', 'stopper', 'rollout']
 
-# %% ../nbs/04_rollout.ipynb #4054a242
+# %% ../nbs/04_rollout.ipynb #73e7847e
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from .data import encode_prompt
-from .models import Policy, Sampling, positions, sampling_logits
+from .models import Policy, Sampling, positions, sampling_logits, unwrapped
 
 # %% ../nbs/04_rollout.ipynb #e353c8a2
 def draw(weights: Tensor, # Not negative, (B, N)
@@ -113,7 +112,7 @@ def roomy_cache(config, room: int) -> DynamicCache: # A model's config; tokens
     cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
-# %% ../nbs/04_rollout.ipynb #77e365fa
+# %% ../nbs/04_rollout.ipynb #c89b7ae2
 @torch.no_grad()
 def generate(policy: Policy,
              query_ids: Tensor,         # Prompts, padded on the left, (B, P)
@@ -125,7 +124,7 @@ def generate(policy: Policy,
              stop: Callable[[Tensor], Tensor] | None = None, # Ids so far, (n, t), to which answers end here, (n,)
 ) -> tuple[Tensor, Tensor, Tensor]:     # Answers, padded on the right, and their mask, (B, T) each; did they end by themselves? (B,)
     "Sample an answer to each prompt; it ends with EOS, with a stop string, or at `max_length`."
-    lm = policy.lm.get_base_model() if isinstance(policy.lm, PeftModel) else policy.lm
+    lm = unwrapped(policy.lm)
     eos = torch.tensor(sampling.eos_token_ids, device=query_ids.device)
     answers = query_ids.new_full((len(query_ids), max_length), pad_id)
     lengths, ended = query_ids.new_zeros(len(query_ids)), torch.zeros(len(query_ids), dtype=torch.bool, device=query_ids.device)
@@ -194,7 +193,7 @@ def stopper(tokenizer: PreTrainedTokenizerBase,
         return torch.tensor([any(s in text for s in stop_strings) for text in texts], device=ids.device)
     return stop
 
-# %% ../nbs/04_rollout.ipynb #0b483a5d
+# %% ../nbs/04_rollout.ipynb #ca26f0a0
 @torch.no_grad()
 def rollout(policy: Policy,
             tokenizer: PreTrainedTokenizerBase,     # The policy's
@@ -216,19 +215,19 @@ def rollout(policy: Policy,
     order = sorted(range(len(rows)), key=lambda i: len(queries[i]))
     stop = stopper(tokenizer, stop_strings) if stop_strings else None
     chunks = [order[i:i + (batch_size or len(order))] for i in range(0, len(order), batch_size or len(order))]
-    pad_queries = lambda chunk: (pad_rows([queries[i] for i in chunk], "left", pad), pad_rows([torch.ones_like(queries[i]) for i in chunk], "left"))
+    padded = lambda rows: (pad_rows(rows, "left", pad), pad_rows([torch.ones_like(q) for q in rows], "left"))
+    asked = [padded([queries[i] for i in chunk]) for chunk in chunks]
     draws = lambda chunk: None if uniforms is None else uniforms[chunk]
-    with autocast(), ready_to_write(policy.lm.get_base_model() if isinstance(policy.lm, PeftModel) else policy.lm, len(chunks[0])):
-        written = [generate(policy, *pad_queries(chunk), sampling, max_target_length, pad, draws(chunk), stop) for chunk in chunks]
+    with autocast(), ready_to_write(unwrapped(policy.lm), len(chunks[0])):
+        written = [generate(policy, *q, sampling, max_target_length, pad, draws(chunk), stop) for chunk, q in zip(chunks, asked)]
     parts: dict[int, tuple[Tensor, ...]] = {}
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    for chunk, (r, rm, ended[chunk]) in zip(chunks, written):
-        q = pad_queries(chunk)
+    for chunk, q, (r, rm, ended[chunk]) in zip(chunks, asked, written):
         with autocast():
             now = policy(*q, r, rm, sampling, entropy=True)
             with policy.as_reference(): ref = policy(*q, r, rm, sampling, values=False).logprobs
         for i, *row in zip(chunk, r, rm, now.logprobs, ref, now.values, now.entropy): parts[i] = tuple(x[row[1] > 0] for x in row)
     ids, mask, logprobs, ref, values, entropy = (list(x) for x in zip(*(parts[i] for i in range(len(rows)))))
     return Rollout(rows, [row["prompt"] for row in rows], [decode(x, tokenizer, sampling.eos_token_ids, stop_strings) for x in ids],
-                   pad_rows(queries, "left", pad), pad_rows([torch.ones_like(q) for q in queries], "left"), pad_rows(ids, "right", pad),
+                   *padded(queries), pad_rows(ids, "right", pad),
                    *(pad_rows(x, "right") for x in (mask, logprobs, ref, values, entropy)), ended)

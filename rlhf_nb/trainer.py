@@ -8,7 +8,7 @@ __all__ = ['Experience', 'make_experience', 'micro_batch', 'as_policy', 'as_rewa
            'from_all', 'all_answers', 'means', 'recomputed', 'Update', 'deal', 'Verbs', 'rollout_stats', 'update_stats',
            'Files', 'Watched', 'PPOTrainer']
 
-# %% ../nbs/06_trainer.ipynb #3455a37a
+# %% ../nbs/06_trainer.ipynb #28ae3aa3
 import math
 import shutil
 import time
@@ -27,7 +27,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoTokenizer, DefaultFlowCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl,
                           TrainerState, get_scheduler)

@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from test_oracle import WORDS, look, make, without_adapter
 
-from rlhf_nb.config import PPOConfig
 from rlhf_nb.models import Policy, Sampling, lora_targets
 from rlhf_nb.ppo import approx_kl, gae, kl_penalty, masked_mean, policy_loss, token_rewards, value_loss, whiten
 from rlhf_nb.rewards import Scores
 from rlhf_nb.rollout import generate, pad_rows
 from rlhf_nb.tiny import DECODERS, tiny_policy
-from rlhf_nb.trainer import Experience, PPOTrainer, deal, make_experience, rollout_stats
+from rlhf_nb.trainer import Experience, deal, rollout_stats
 
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 settings.load_profile("here")
