@@ -1,4 +1,4 @@
-"""Time our PPOTrainer; the last line is JSON: ours.py MODELS SHAPE [--steps 3] [--dtype bfloat16]"""
+"""Time our PPOTrainer; the last line is JSON: ours.py MODELS SHAPE [--steps 3] [--dtype bfloat16] [--int8]"""
 import argparse
 import json
 import tempfile
@@ -20,6 +20,7 @@ parser.add_argument("models")
 parser.add_argument("shape", choices=SHAPES)
 parser.add_argument("--steps", type=int, default=3)
 parser.add_argument("--dtype", default="bfloat16")
+parser.add_argument("--int8", action="store_true")
 args = parser.parse_args()
 s, device, dtype = SHAPES[args.shape], run_device(), getattr(torch, args.dtype)
 
@@ -31,7 +32,7 @@ prompts = Dataset.from_json(f"{args.models}/prompts.jsonl")
 with tempfile.TemporaryDirectory() as out:
     config = PPOConfig(output_dir=out, batch_size=s["batch"], mini_batch_size=s["batch"] // s["minibatches"], num_ppo_epochs=s["epochs"],
                        max_source_length=s["prompt"], max_target_length=s["response"], min_target_length=s["response"], learning_rate=1e-5,
-                       max_steps=args.steps, torch_dtype=args.dtype, log_with="none", disable_tqdm=True, save_steps=0)
+                       max_steps=args.steps, rollout_int8=args.int8, torch_dtype=args.dtype, log_with="none", disable_tqdm=True, save_steps=0)
     trainer = PPOTrainer(policy, reward, config, prompts, processing_class=tok)
 
 writing, generate = [0.], rlhf_nb.rollout.generate

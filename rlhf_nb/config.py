@@ -58,7 +58,7 @@ def validate(config: Any): # A dataclass instance
         value = getattr(config, f.name)
         if problem := complaint(value, hints[f.name]): raise ValueError(f"{f.name}={value!r}: {problem}")
 
-# %% ../nbs/00_config.ipynb #c9bea358
+# %% ../nbs/00_config.ipynb #3376e466
 @dataclass
 class SamplingSettings:
     "How answers are written."
@@ -69,6 +69,8 @@ class SamplingSettings:
     min_target_length: Whole = setting(4, "Tokens before EOS may end an answer")
     stop_strings: list[str] | None = setting(None, "Texts that end an answer, too, and are cut from it: the user's turn marker, say")
     temperature: Positive = setting(1.0, "Sampling temperature, in effect wherever log-probs are computed")
+    rollout_int8: bool = setting(False, "On a CPU: write answers with int8 weights; each token is weighted for the difference when it is learned from")
+    importance_sampling_cap: Positive = setting(2.0, "With rollout_int8: the weight of a token is at most this")
 
 # %% ../nbs/00_config.ipynb #b7ae6e77
 @dataclass

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['logger', 'CHUNK', 'BLOCK', 'CRITIC', 'REFERENCE', 'VALUE_HEAD', 'Sampling', 'sampling_logits', 'token_logprobs',
-           'token_entropy', 'head_part', 'head_logprobs', 'head_replaced', 'head_is_plain', 'SdpaBloomAttention',
-           'modernise', 'PolicyOutput', 'unwrapped', 'takes_position_ids', 'positions', 'use_adapter', 'ActorCritic',
-           'freeze_copy_of_adapter', 'Policy', 'lora_targets', 'run_device', 'has_bf16', 'resolve_dtype',
-           'check_decoder', 'quantization', 'load_lm', 'lora_config', 'load_adapter_weights', 'load_value_head',
-           'load_policy', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'save_policy', 'load_weights',
-           'merge_adapter']
+           'token_entropy', 'head_part', 'head_logprobs', 'head_replaced', 'head_is_plain', 'rearranged',
+           'SdpaBloomAttention', 'packs', 'FusedBloomMLP', 'FusedLora', 'modernise', 'PolicyOutput', 'unwrapped',
+           'takes_position_ids', 'positions', 'use_adapter', 'ActorCritic', 'freeze_copy_of_adapter', 'Policy',
+           'lora_targets', 'run_device', 'has_bf16', 'resolve_dtype', 'check_decoder', 'quantization', 'load_lm',
+           'lora_config', 'load_adapter_weights', 'load_value_head', 'load_policy', 'load_tokenizer',
+           'prepare_tokenizer', 'end_tokens', 'save_policy', 'load_weights', 'merge_adapter']
 
-# %% ../nbs/02_models.ipynb #4759d2eb
+# %% ../nbs/02_models.ipynb #90013fe3
 import inspect
 import logging
 import shutil
@@ -27,6 +27,7 @@ from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
 from peft import (LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights,
                   prepare_model_for_kbit_training, set_peft_model_state_dict)
+from peft.tuners.lora import Linear as LoraLinear
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -97,7 +98,7 @@ def token_entropy(logits: Tensor, # (B, T, V), float32
     "Entropy of the distribution at each position."
     return _TokenEntropy.apply(logits)
 
-# %% ../nbs/02_models.ipynb #8280dd59
+# %% ../nbs/02_models.ipynb #1195285d
 CHUNK = 2 ** 26 # Logits of the output layer's own type that exist at once
 BLOCK = 2 ** 19 # Of these, in float32, on a CPU: what its cache holds
 
@@ -127,13 +128,14 @@ def head_part(hidden: Tensor,       # (n, H)
 ) -> tuple[Tensor | None, ...]:     # Log-probs and entropy, (n,), and the gradient of each for the hidden state, (n, H)
     "A few tokens' worth of `head_logprobs`."
     logits = F.linear(hidden, weight, bias)
+    for eos in sampling.eos_token_ids: logits[:, eos].masked_fill_(early, torch.finfo(logits.dtype).min / 2)
     spread = torch.empty_like(logits) if with_entropy and with_grad else None
-    barred = torch.where(early, torch.finfo(torch.float32).min / 2, 0.)[:, None]
     size, drawn, mean = (hidden.new_empty(len(hidden), 1, dtype=torch.float32) for _ in range(3))
-    for part in torch.arange(len(hidden)).split(max(1, (BLOCK if hidden.device.type == "cpu" else CHUNK) // len(weight))):
-        some = slice(part[0].item(), part[-1].item() + 1)
-        x = logits[some].float().div_(sampling.temperature) if logits.dtype != torch.float32 else logits[some] / sampling.temperature
-        if sampling.eos_token_ids: x[:, list(sampling.eos_token_ids)] += barred[some]
+    rows = min(len(hidden), max(1, (BLOCK if hidden.device.type == "cpu" else CHUNK) // len(weight)))
+    space = logits.new_empty(rows, len(weight), dtype=torch.float32)
+    for some in (slice(i, i + rows) for i in range(0, len(hidden), max(1, rows))):
+        x = space[:len(ids[some])].copy_(logits[some])
+        if sampling.temperature != 1: x.div_(sampling.temperature)
         x.sub_(x.amax(-1, keepdim=True))
         drawn[some] = x.gather(-1, ids[some, None])
         p = x.exp() if with_entropy else x.exp_()
@@ -177,43 +179,113 @@ def head_is_plain(lm: PreTrainedModel | PeftModel) -> bool:
         said = lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=known.device), use_cache=False).logits
     return torch.equal(said.float(), known.to(head.weight.dtype).float().expand_as(said))
 
-# %% ../nbs/02_models.ipynb #9b0db684
+# %% ../nbs/02_models.ipynb #61a7f0a9
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bias, scale):
-        flat = lambda x: x.expand(*q.shape[:2], -1, -1).flatten(0, 1)
-        p = torch.baddbmm(flat(bias), flat(q), flat(k).transpose(1, 2), alpha=scale).softmax(-1)
-        ctx.save_for_backward(q, k, v, p)
-        ctx.scale = scale
-        return torch.bmm(p, flat(v)).view_as(q)
+    def forward(ctx, qkv, bias, scale, heads):
+        parts = rearranged(qkv, heads)
+        q, k, v = (x.flatten(0, 1) for x in parts)
+        p = torch.baddbmm(bias.expand(-1, heads, -1, -1).flatten(0, 1), q, k.transpose(1, 2), alpha=scale).softmax(-1)
+        ctx.save_for_backward(parts, p)
+        ctx.scale, ctx.heads = scale, heads
+        return torch.bmm(p, v).view_as(parts[0]).transpose(1, 2).flatten(2)
 
     @staticmethod
     def backward(ctx, grad):
-        shape, saved = grad.shape, ctx.saved_tensors
-        q, k, v, grad, p = *(x.flatten(0, 1) for x in (*saved[:3], grad)), saved[3]
-        scores = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype).mul_(ctx.scale)
-        parts = torch.bmm(scores, k), torch.bmm(scores.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), grad)
-        return *(x.view(shape) for x in parts), None, None
+        parts, p = ctx.saved_tensors
+        q, k, v = (x.flatten(0, 1) for x in parts)
+        grad = grad.unflatten(2, (ctx.heads, -1)).transpose(1, 2).flatten(0, 1)
+        scores = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype)
+        out = torch.empty_like(parts)
+        dq, dk, dv = (x.flatten(0, 1) for x in out)
+        torch.baddbmm(dq, scores, k, beta=0, alpha=ctx.scale, out=dq)
+        torch.baddbmm(dk, scores.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=dk)
+        torch.bmm(p.transpose(1, 2), grad, out=dv)
+        return out.permute(1, 3, 2, 0, 4).flatten(2), None, None, None
 
-# %% ../nbs/02_models.ipynb #a32e3b2a
+def rearranged(qkv: Tensor, # As BLOOM computes it, (B, N, heads * 3 * size)
+               heads: int,
+) -> Tensor:                # (3, B, heads, N, size)
+    "Query, key and value."
+    return qkv.unflatten(2, (heads, 3, -1)).permute(3, 0, 2, 1, 4).contiguous()
+
+# %% ../nbs/02_models.ipynb #e16ef92d
 class SdpaBloomAttention(BloomAttention):
     "BLOOM's attention through `scaled_dot_product_attention`; ALiBi and the mask are its bias."
     def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, use_cache=False, output_attentions=False, **kwargs):
-        q, k, v = self._reshape(self.query_key_value(hidden_states))
-        if layer_past is not None: k, v = layer_past.update(k, v, self.layer_idx)
-        bias = alibi.view(len(q), self.num_heads, 1, -1)
+        qkv = self.query_key_value(hidden_states)
+        bias = alibi.view(len(qkv), self.num_heads, 1, -1)
         if attention_mask is not None: bias = bias + attention_mask
-        bias, scale = bias.to(q.dtype), self.inv_norm_factor
-        if layer_past is None and q.device.type == "cpu": out = _Attention.apply(q, k, v, bias, scale)
-        else: out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-        out = self.dense(out.transpose(1, 2).flatten(2))
-        return residual + F.dropout(out, self.hidden_dropout, self.training), None
+        bias, scale = bias.to(qkv.dtype), self.inv_norm_factor
+        if layer_past is None and qkv.device.type == "cpu": out = _Attention.apply(qkv, bias, scale, self.num_heads)
+        else:
+            q, k, v = self._reshape(qkv)
+            if layer_past is not None: k, v = layer_past.update(k, v, self.layer_idx)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2).flatten(2)
+        return residual + F.dropout(self.dense(out), self.hidden_dropout, self.training), None
 
-def modernise(lm: PreTrainedModel) -> PreTrainedModel: # The same, its BLOOM layers replaced
-    "Fused kernels for BLOOM; other architectures have theirs."
-    for m in lm.modules():
-        if type(m) is BloomAttention: m.__class__ = SdpaBloomAttention
-        if isinstance(m, BloomMLP): m.gelu_impl = nn.GELU(approximate="tanh")
+# %% ../nbs/02_models.ipynb #3ef6f0d3
+def packs(weight: Tensor) -> bool:
+    "Does oneDNN have a faster product for it, with what follows the product in it?"
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+class _LinearGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(grad, F.linear(x, weight, bias)) @ weight, None, None
+
+class FusedBloomMLP(BloomMLP):
+    "BLOOM's two linear layers with GELU between them; the first and GELU in one."
+    def forward(self, hidden_states, residual):
+        return residual + F.dropout(self.dense_4h_to_h(self.up(hidden_states)), self.hidden_dropout, self.training)
+
+    def up(self, x: Tensor) -> Tensor: # (..., H) to (..., 4 H)
+        "The first layer and GELU."
+        layer = self.dense_h_to_4h
+        plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not layer.weight.requires_grad
+        if plain and packs(layer.weight) and x.dtype == layer.weight.dtype: return _LinearGelu.apply(x, layer.weight, layer.bias)
+        return F.gelu(layer(x), approximate="tanh")
+
+# %% ../nbs/02_models.ipynb #7aa2f595
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale):
+        flat, a, b = x.flatten(0, -2), a.to(x.dtype), b.to(x.dtype)
+        low = flat @ a.T
+        ctx.save_for_backward(flat, weight, a, b, low)
+        ctx.scale = scale
+        return F.linear(flat, weight, bias).addmm_(low, b.T, alpha=scale).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, a, b, low = ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        back = (flat @ b).mul_(ctx.scale)
+        dx = (flat @ weight).addmm_(back, a).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        return dx, None, None, back.T @ x, (flat.T @ low).mul_(ctx.scale), None
+
+class FusedLora(LoraLinear):
+    "LoRA around a frozen linear layer."
+    def forward(self, x, *args, **kwargs):
+        plain = type(self.base_layer) is nn.Linear and len(self.active_adapters) == 1 and not (
+            self.disable_adapters or self.merged or self.lora_variant or kwargs or self.base_layer.weight.requires_grad)
+        name = self.active_adapters[0] if plain else None
+        if name not in self.lora_A or self.lora_B[name].bias is not None or self.lora_dropout[name].training: return super().forward(x, *args, **kwargs)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else self.lora_A[name].weight.dtype
+        if self.base_layer.weight.dtype != dtype: return super().forward(x, *args, **kwargs)
+        return _LoraLinear.apply(x.to(dtype), self.base_layer.weight, self.base_layer.bias, self.lora_A[name].weight, self.lora_B[name].weight,
+                                 self.scaling[name])
+
+def modernise(lm: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel: # The same, some of its layers replaced
+    "Fused layers for BLOOM and for LoRA; other architectures have theirs."
+    fused = {BloomAttention: SdpaBloomAttention, BloomMLP: FusedBloomMLP, LoraLinear: FusedLora}
+    for m in lm.modules(): m.__class__ = fused.get(type(m), m.__class__)
     return lm
 
 # %% ../nbs/02_models.ipynb #84036ee9

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['keep', 'masked_mean', 'masked_var', 'whiten', 'kl_penalty', 'token_rewards', 'RunningMoments', 'shape_scores', 'gae',
-           'policy_loss', 'value_loss', 'approx_kl', 'explained_variance', 'FixedKL', 'AdaptiveKL']
+           'policy_loss', 'importance_weights', 'value_loss', 'approx_kl', 'explained_variance', 'FixedKL',
+           'AdaptiveKL']
 
 # %% ../nbs/05_ppo.ipynb #186aa424
 import torch
@@ -119,7 +120,7 @@ def gae(rewards: Tensor, # Per token, (B, T)
         advantages[:, t] = carry
     return advantages, keep(advantages + values, mask)
 
-# %% ../nbs/05_ppo.ipynb #a2b6a235
+# %% ../nbs/05_ppo.ipynb #fbbffddf
 def policy_loss(logprobs: Tensor,     # Of the policy as it is, (B, T)
                 old_logprobs: Tensor, # Of the policy that wrote the answer, (B, T)
                 advantages: Tensor,   # (B, T)
@@ -127,6 +128,7 @@ def policy_loss(logprobs: Tensor,     # Of the policy as it is, (B, T)
                 cliprange: float,     # The ratio counts within 1 +- this
                 cliprange_high: float | None = None, # Upwards within 1 + this; None: as downwards
                 dual_clip: float | None = None,      # What is to become rarer counts at most this many times; None: without bound
+                weights: Tensor | None = None,       # What each token counts, where other weights wrote it, (B, T)
 ) -> tuple[Tensor, Tensor]:           # Loss, and share of tokens at which the clip holds
     "PPO's clipped surrogate (Schulman et al. 2017, eq. 7); dual clip: Ye et al. 2020, eq. 5."
     ratio, advantages = keep(logprobs - old_logprobs, mask).exp(), keep(advantages, mask)
@@ -134,7 +136,14 @@ def policy_loss(logprobs: Tensor,     # Of the policy as it is, (B, T)
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + high)
     loss = torch.maximum(plain, clipped)
     if dual_clip is not None: loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
-    return masked_mean(loss, mask), masked_mean((loss != plain).float(), mask)
+    return masked_mean(loss if weights is None else loss * keep(weights, mask), mask), masked_mean((loss != plain).float(), mask)
+
+def importance_weights(logprobs: Tensor,          # Of the policy that learns, (B, T)
+                       sampling_logprobs: Tensor, # Of what the tokens were drawn from, (B, T)
+                       cap: float,                # A weight is at most this
+) -> Tensor:                                      # (B, T)
+    "How much more likely the learner finds each token, truncated (Espeholt et al. 2018, section 4.1)."
+    return (logprobs - sampling_logprobs).exp().clamp(max=cap)
 
 def value_loss(values: Tensor,          # Of the critic as it is, (B, T)
                old_values: Tensor,      # When the answer was written, (B, T)

@@ -8,7 +8,7 @@ __all__ = ['Experience', 'make_experience', 'micro_batch', 'as_policy', 'as_rewa
            'from_all', 'all_answers', 'means', 'recomputed', 'Update', 'deal', 'Verbs', 'rollout_stats', 'update_stats',
            'Files', 'Watched', 'PPOTrainer']
 
-# %% ../nbs/06_trainer.ipynb #28ae3aa3
+# %% ../nbs/06_trainer.ipynb #67358d09
 import math
 import shutil
 import time
@@ -41,13 +41,13 @@ from .checkpoint import (check_output_dir, checkpoints, find_checkpoint, keep_ne
 from .config import ModelArguments, PPOConfig
 from .models import (Policy, Sampling, end_tokens, load_lm, load_weights, lora_targets, prepare_tokenizer,
                             resolve_dtype, run_device, save_policy, use_adapter)
-from .ppo import (AdaptiveKL, FixedKL, RunningMoments, approx_kl, explained_variance, gae, keep, kl_penalty, masked_mean,
+from .ppo import (AdaptiveKL, FixedKL, RunningMoments, approx_kl, explained_variance, gae, importance_weights, keep, kl_penalty, masked_mean,
                          masked_var, policy_loss, shape_scores, token_rewards, value_loss, whiten)
 from .report import ProgressBar
 from .rewards import RewardModel, Rewards, Scores, load_reward_model, show
 from .rollout import Rollout, pad_rows, rollout
 
-# %% ../nbs/06_trainer.ipynb #adeefb2e
+# %% ../nbs/06_trainer.ipynb #5c6fa7fb
 class Experience(NamedTuple):
     "What the update learns from, (B, P) for queries and (B, T) for the rest."
     query_ids: Tensor      # Prompts, padded on the left
@@ -59,6 +59,7 @@ class Experience(NamedTuple):
     values: Tensor         # Likewise
     advantages: Tensor     # Whitened
     returns: Tensor        # What the critic should have said
+    weights: Tensor        # What a token counts: 1, but with rollout_int8
 
 def make_experience(rollout: Rollout,
                     scores: Tensor,   # One per answer, (B,)
@@ -74,7 +75,9 @@ def make_experience(rollout: Rollout,
     rewards = token_rewards(scores - per_token.sum(1), kl, mask, kl_coef) + per_token
     if args.whiten_rewards: rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.values, mask, args.gamma, args.lam)
-    return Experience(*rollout[3:7], rollout.logprobs, rollout.ref_logprobs, rollout.values, whiten(advantages, mask), returns)
+    weights = torch.ones_like(kl)
+    if args.rollout_int8: weights = keep(importance_weights(rollout.logprobs, rollout.sampling_logprobs, args.importance_sampling_cap), mask)
+    return Experience(*rollout[3:7], rollout.logprobs, rollout.ref_logprobs, rollout.values, whiten(advantages, mask), returns, weights)
 
 def micro_batch(exp: Experience, rows: Tensor) -> Experience: # Indices, (n,)
     "Some rows, without the padding that only longer rows needed."
@@ -256,7 +259,7 @@ def recomputed(policy: Policy, wanted: bool) -> Iterator[None]:
     finally:
         for layer in layers: del layer.forward
 
-# %% ../nbs/06_trainer.ipynb #9965d33d
+# %% ../nbs/06_trainer.ipynb #14633a14
 class Update(Parts):
     "From experience to new weights."
     def update(self,
@@ -315,7 +318,8 @@ class Update(Parts):
         "The loss of some rows, and what it says of them."
         args, mask = self.args, mb.response_mask
         out = self.policy(*mb[:4], self.sampling, entropy=args.ent_coef > 0)
-        pl, clipped = policy_loss(out.logprobs, mb.logprobs, mb.advantages, mask, args.cliprange, args.cliprange_high, args.dual_clip)
+        pl, clipped = policy_loss(out.logprobs, mb.logprobs, mb.advantages, mask, args.cliprange, args.cliprange_high, args.dual_clip,
+                                  mb.weights if args.rollout_int8 else None)
         vl, vclipped = value_loss(out.values, mb.values, mb.returns, mask, args.cliprange_value)
         with torch.no_grad(): stats = update_stats(out.logprobs, mb, pl, vl, clipped, vclipped)
         if self.warming_up: return args.vf_coef * vl, stats
@@ -343,7 +347,7 @@ def deal(n: int,      # Prompts
     epochs = {e: order(e) for e in {p // n for p in places}}
     return [int(epochs[p // n][p % n]) for p in places]
 
-# %% ../nbs/06_trainer.ipynb #be4b957d
+# %% ../nbs/06_trainer.ipynb #bd25ec39
 class Verbs(Update):
     "A PPO step, by hand."
     def batches(self) -> Iterator[list[dict]]: # Rows of the data set
@@ -366,7 +370,8 @@ class Verbs(Update):
         args, acc, rows = self.args, self.accelerator, [dict(prompt=p) if isinstance(p, str) else p for p in prompts]
         return rollout(self.policy, self.processing_class, rows, self.sampling, args.max_source_length, args.max_target_length,
                        args.rollout_batch_size or args.batch_size, None if greedy else generator or self.generator,
-                       acc.autocast, args.stop_strings, acc.process_index, acc.num_processes)
+                       acc.autocast, args.stop_strings, acc.process_index, acc.num_processes,
+                       args.rollout_int8 and generator is None and not greedy)
 
     def score(self, rollout: Rollout) -> Scores:
         "Reward the answers. Functions see the prompts, the answers, and the data set's other columns."
@@ -424,7 +429,7 @@ class Verbs(Update):
         return exp, stats | {"objective/shaped_scores": score, "objective/rlhf_reward": score + stats["objective/non_score_reward"],
                              "val/explained_variance": explained_variance(exp.values, exp.returns, exp.response_mask).item()}
 
-# %% ../nbs/06_trainer.ipynb #98f54159
+# %% ../nbs/06_trainer.ipynb #065f09d6
 @torch.no_grad()
 def rollout_stats(rollout: Rollout,
                   scores: Scores,
@@ -441,7 +446,8 @@ def rollout_stats(rollout: Rollout,
             "objective/scores_std": scores.total.std(correction=0).item(), "objective/non_score_reward": -paid,
             "objective/rlhf_reward": score - paid, **each,
             "policy/entropy_avg": masked_mean(rollout.entropy, mask).item(), "val/num_eos_tokens": rollout.ended.sum().item(),
-            "tokens/responses": mask.sum(1).float().mean().item()}
+            "tokens/responses": mask.sum(1).float().mean().item(),
+            "sampling/sampling_logp_difference/mean": masked_mean((rollout.logprobs - rollout.sampling_logprobs).abs(), mask).item()}
 
 def update_stats(logprobs: Tensor,  # Of the policy as it is, (n, T)
                  mb: Experience,    # Of the same rows

@@ -144,7 +144,7 @@ def test_05_eos_is_the_last_token_that_counts(seed, pad_is_eos, shortest):
     policy, tok = policy_of("llama")
     ends, pad = (2, *range(5, 1000, 4)), 2 if pad_is_eos else 0
     query = batch_of([2, 5, 3], seed, len(tok))[:2]
-    answers, mask, ended = generate(policy, *query, Sampling(1., shortest, ends), 9, pad, torch.rand(3, 9, generator=torch.Generator().manual_seed(seed)))
+    answers, mask, _, ended = generate(policy, *query, Sampling(1., shortest, ends), 9, pad, torch.rand(3, 9, generator=torch.Generator().manual_seed(seed)))
     for row, m, done in zip(answers.tolist(), mask, ended.tolist()):
         n = int(m.sum())
         first = next((t for t, token in enumerate(row[:n]) if token in ends), None)
@@ -214,7 +214,7 @@ def test_09_micro_batches_add_up(tmp_path, lengths, size, seed, arch):
     trainer = make(arch, tmp_path, True, gradient_accumulation_steps=1, mini_batch_size=1)
     tokens = batch_of(lengths, seed, len(trainer.processing_class))
     more = ragged(lengths[::-1], seed - seed % 3, 4, torch.float32)
-    exp = Experience(*tokens, *(torch.zeros_like(more[0]),) * 2, *more[1:4])
+    exp = Experience(*tokens, *(torch.zeros_like(more[0]),) * 2, *more[1:4], torch.ones_like(more[0]))
     with torch.no_grad(): exp = exp._replace(logprobs=trainer.policy(*tokens, trainer.sampling).logprobs + .1 * more[0])
     grads = []
     for trainer.args.mini_batch_size in (len(lengths), size):
@@ -292,16 +292,18 @@ def test_12_trained_tokens_are_the_drawn_ones(tmp_path):
 
 @given(LENGTHS, SEED, KINDS, st.floats(0, 2))
 def test_14_what_is_logged_is_what_is_true(lengths, seed, kind, coef):
-    logprobs, ref, entropy, mask = ragged(lengths, seed, 3)
+    logprobs, ref, entropy, drawn, mask = ragged(lengths, seed, 4)
     torch.manual_seed(seed)
     scores, ended = torch.randn(len(lengths)), torch.rand(len(lengths)) < .5
-    out = type("Answers", (), dict(response_mask=mask, logprobs=logprobs, ref_logprobs=ref, entropy=entropy, ended=ended))
+    out = type("Answers", (), dict(response_mask=mask, logprobs=logprobs, sampling_logprobs=drawn, ref_logprobs=ref, entropy=entropy, ended=ended))
     got = rollout_stats(out, Scores(scores, {"a": scores, "b": torch.full_like(scores, math.nan).index_fill(0, torch.tensor([0]), 2.)}), coef, kind)
     mean = lambda xs: sum(xs) / len(xs)
     gaps = [[a - b for a, b in zip(*rows)] for rows in zip(rows_of(logprobs, mask), rows_of(ref, mask))]
+    moved = [abs(a - b) for rows in zip(rows_of(logprobs, mask), rows_of(drawn, mask)) for a, b in zip(*rows)]
     cost = dict(k1=lambda d: d, abs=abs, k2=lambda d: d * d / 2, k3=lambda d: math.exp(-d) - 1 + d)[kind]
     want = {"objective/kl": mean([sum(row) for row in gaps]), "objective/scores": mean(scores.tolist()),
             "objective/non_score_reward": -coef * mean([sum(map(cost, row)) for row in gaps]),
             "objective/entropy": mean([sum(row) for row in rows_of(entropy, mask)]), "policy/entropy_avg": mean(sum(rows_of(entropy, mask), [])),
-            "val/num_eos_tokens": sum(ended.tolist()), "tokens/responses": mean(lengths), "rewards/a": mean(scores.tolist()), "rewards/b": 2.}
+            "val/num_eos_tokens": sum(ended.tolist()), "tokens/responses": mean(lengths), "rewards/a": mean(scores.tolist()), "rewards/b": 2.,
+            "sampling/sampling_logp_difference/mean": mean(moved)}
     assert all(math.isclose(got[k], v, rel_tol=1e-5, abs_tol=1e-6) for k, v in want.items()), {k: (got[k], v) for k, v in want.items()}

@@ -28,7 +28,7 @@ ids, ones = torch.randint(3, vocab, (rows, tokens)), torch.ones(rows, tokens, dt
 megabytes = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 before = megabytes()
 with torch.no_grad(): out = trainer.policy(ids[:, :8], ones[:, :8], ids, ones, trainer.sampling, entropy=True)
-answers = Rollout([{}] * rows, [""] * rows, [""] * rows, ids[:, :8], ones[:, :8], ids, ones, out.logprobs, out.logprobs, out.values, out.entropy, ones[:, 0] > 0)
+answers = Rollout([{}] * rows, [""] * rows, [""] * rows, ids[:, :8], ones[:, :8], ids, ones, *[out.logprobs] * 3, out.values, out.entropy, ones[:, 0] > 0)
 trainer.step(answers, torch.randn(rows))
 print(megabytes() - before)
 """
