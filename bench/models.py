@@ -9,9 +9,9 @@ from transformers import BloomConfig, BloomForCausalLM, DebertaV2Config, Deberta
 
 from rlhf_nb.tiny import shipped_rows
 
-SHAPES = {  # Layers, heads, hidden size and vocabulary of policy and reward model; what an update has to do
-    "560m": dict(policy=(24, 16, 1024, 250880), reward=(24, 16, 1024, 128100), batch=2, minibatches=2, prompt=256, response=256, epochs=4),
-    "tiny": dict(policy=(4, 4, 256, 8000), reward=(2, 4, 128, 6000), batch=32, minibatches=4, prompt=64, response=48, epochs=4),
+SHAPES = {  # Layers, heads, hidden size and vocabulary of policy and reward model; what an update has to do; updates to time
+    "560m": dict(policy=(24, 16, 1024, 250880), reward=(24, 16, 1024, 128100), batch=2, minibatches=2, prompt=256, response=256, epochs=4, steps=3),
+    "tiny": dict(policy=(4, 4, 256, 8000), reward=(2, 4, 128, 6000), batch=32, minibatches=4, prompt=64, response=48, epochs=4, steps=10),
 }
 
 

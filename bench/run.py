@@ -52,16 +52,19 @@ def last_line(*command) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def measure(shape: str, work: Path, peer: str, steps: int = 3) -> dict:
-    "Ours, theirs, ours: so that a machine that changes its pace does so for both."
+def measure(shape: str, work: Path, peer: str) -> dict:
+    "Ours, theirs, ours: so that a machine that changes its pace does so for both; then ours with answers written in int8."
+    steps = SHAPES[shape]["steps"]
     if not (work/shape/"prompts.jsonl").exists(): make(shape, work/shape)
-    ours = lambda: last_line(sys.executable, HERE/"ours.py", work/shape, shape, "--steps", steps)
+    ours = lambda *more: last_line(sys.executable, HERE/"ours.py", work/shape, shape, "--steps", steps, *more)
     runs = [ours()]
     theirs = last_line(peer, HERE/"peer.py", work/shape, json.dumps(SHAPES[shape]), "--steps", steps)
     runs.append(ours())
+    int8 = ours("--int8")
     every = [step for run in runs for step in run["steps"]]
     return dict(ours={k: median(step[k] for step in every) for k in every[0]}, seconds=median(x for run in runs for x in run["seconds"]),
-                peak_gb=max(run["peak_gb"] for run in runs), their_seconds=median(theirs["seconds"]), their_peak_gb=theirs["peak_gb"], steps=steps)
+                peak_gb=max(run["peak_gb"] for run in runs), their_seconds=median(theirs["seconds"]), their_peak_gb=theirs["peak_gb"], steps=steps,
+                int8={k: median(step[k] for step in int8["steps"]) for k in every[0]}, int8_seconds=median(int8["seconds"]))
 
 
 def table(shape: str, found: dict, least: dict[str, float]) -> Table:
@@ -73,6 +76,7 @@ def table(shape: str, found: dict, least: dict[str, float]) -> Table:
         out.add_row(phase, f"{seconds:.2f}", f"{s['batch'] * done[phase] / seconds:,.0f}", f"{least[phase]:.2f}", f"{seconds / least[phase]:.1f}")
     out.add_row("all", f"{found['seconds']:.2f}", "", f"{sum(least.values()):.2f}", f"{found['seconds'] / sum(least.values()):.1f}")
     out.add_row("TRL 1.12", f"{found['their_seconds']:.2f}", "", "", f"{found['their_seconds'] / found['seconds']:.1f} times ours")
+    out.add_row("with rollout_int8", f"{found['int8_seconds']:.2f}", "", "", f"TRL {found['their_seconds'] / found['int8_seconds']:.1f} times that")
     out.add_row("peak memory, GB", f"{found['peak_gb']:.2f}", "", "", f"TRL {found['their_peak_gb']:.2f}")
     return out
 
