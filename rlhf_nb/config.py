@@ -72,7 +72,7 @@ class SamplingSettings:
     rollout_int8: bool = setting(False, "On a CPU: write answers with int8 weights; each token is weighted for the difference when it is learned from")
     importance_sampling_cap: Positive = setting(2.0, "With rollout_int8: the weight of a token is at most this")
 
-# %% ../nbs/00_config.ipynb #b7ae6e77
+# %% ../nbs/00_config.ipynb #c01cb0d0
 @dataclass
 class RewardSettings:
     "How answers are scored."
@@ -83,6 +83,8 @@ class RewardSettings:
     use_score_scaling: bool = setting(False, "Divide scores by the standard deviation of all scores so far")
     use_score_norm: bool = setting(False, "With use_score_scaling: subtract their mean first")
     score_clip: Positive | None = setting(None, "Scores count within +- this, after scaling")
+    reward_timeout: Positive | None = setting(None, "Seconds that a reward function may take for a batch; None: as long as it likes")
+    reward_workers: Count = setting(1, "Calls of a reward function at the same time, each with a part of the batch: for functions that wait")
     missing_eos_penalty: NonNeg = setting(0.0, "Lost by an answer that reached max_target_length without ending")
     length_penalty: NonNeg = setting(0.0, "Lost for every token of an answer")
 
@@ -132,7 +134,7 @@ class PPOSettings:
         "adamw_torch", "8bit: states of a byte per weight, with bitsandbytes; paged: they may move to main memory")
     gradient_checkpointing: bool = setting(False, "Compute activations again in the backward pass instead of keeping them")
 
-# %% ../nbs/00_config.ipynb #c5215098
+# %% ../nbs/00_config.ipynb #c6ae884e
 @dataclass
 class RunSettings:
     "Steps, files and logs."
@@ -146,6 +148,7 @@ class RunSettings:
     max_steps: Count = setting(200, "PPO updates")
     save_steps: Whole = setting(50, "Updates between checkpoints; 0: none but the end")
     save_total_limit: Count | None = setting(None, "Checkpoints to keep; older ones are deleted")
+    max_skipped_updates: Count = setting(3, "Updates in a row that are skipped, a number being not finite, before the run stops")
     logging_steps: Count = setting(1, "Updates between log entries")
     log_with: Literal["tensorboard", "wandb", "trackio", "none"] = setting("tensorboard", "Where metrics go")
     disable_tqdm: bool = setting(False, "No progress bar")
