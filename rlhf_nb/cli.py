@@ -7,7 +7,7 @@ __all__ = ['logger', 'DEMO', 'COMMANDS', 'Parser', 'train_parser', 'check_model'
            'train', 'DemoArguments', 'as_flags', 'demo_settings', 'answers_to', 'demo', 'merge', 'quiet_libraries',
            'main']
 
-# %% ../nbs/10_cli.ipynb #14ee5e7f
+# %% ../nbs/10_cli.ipynb #e0e9fcf2
 import argparse
 import json
 import logging
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import yaml
@@ -80,12 +81,15 @@ def check_model(flag: str, name: str | None): # Setting, and the hub name or fol
     if not name: raise ValueError(f"--{flag} is missing")
     if not Path(name).exists() and (name[0] in "./~" or name.count("/") > 1): raise ValueError(f"{flag}={name}: no such folder")
 
-# %% ../nbs/10_cli.ipynb #b41a2ad7
+# %% ../nbs/10_cli.ipynb #1b43f8d0
 @contextmanager
 def loading(flag: str, name: str): # Setting, and the hub name or folder it was given
     "Errors inside name the setting."
     try: yield
-    except (OSError, SafetensorError) as e: raise ValueError(f"{flag}={name} cannot be loaded: {str(e).strip().splitlines()[0]}") from e
+    except (OSError, SafetensorError, ValueError) as e:
+        if type(e) is ValueError and name in str(e): raise
+        raise ValueError(f"{flag}={name} cannot be loaded: {str(e).strip().splitlines()[0]}") from e
+    except UnpicklingError as e: raise ValueError(f"{flag}={name} is refused: its weights are a pickle with more than weights in it, which would run code") from e
 
 # %% ../nbs/10_cli.ipynb #c6efd3ed
 def make_trainer(model_args: ModelArguments,

@@ -7,10 +7,12 @@ __all__ = ['Count', 'Whole', 'Positive', 'NonNeg', 'Unit', 'Finite', 'Percent', 
            'SamplingSettings', 'RewardSettings', 'KLSettings', 'PPOSettings', 'RunSettings', 'PPOConfig',
            'ModelArguments', 'DataArguments', 'MergeArguments']
 
-# %% ../nbs/00_config.ipynb #434f577c
+# %% ../nbs/00_config.ipynb #801ebfa6
 import types
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from transformers import SchedulerType
 
 # %% ../nbs/00_config.ipynb #efe0bd77
 def setting(default: Any, # Value when the user says nothing
@@ -156,7 +158,7 @@ class RunSettings:
         "auto", "Type of the matrix products, and of weights that are not trained")
     seed: Whole = setting(0, "Order of prompts, sampling, initial weights")
 
-# %% ../nbs/00_config.ipynb #25280a4b
+# %% ../nbs/00_config.ipynb #1d0090a7
 @dataclass
 class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSettings):
     "Every setting that the trainer reads."
@@ -176,6 +178,7 @@ class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSe
              f"dual_clip={self.dual_clip} must lie above 1 + cliprange"),
             (self.critic_warmup_steps >= self.max_steps,
              f"critic_warmup_steps={self.critic_warmup_steps} leaves the policy none of the {self.max_steps} updates"),
+            (self.lr_scheduler_type not in [*SchedulerType], f"lr_scheduler_type={self.lr_scheduler_type} is none of {', '.join(SchedulerType)}"),
             (self.vf_coef == 0 and (self.critic == "adapter" or self.critic_warmup_steps > 0), "vf_coef=0: the critic would never learn"),
             (self.eval_steps and not self.do_eval, f"eval_steps={self.eval_steps} needs do_eval"),
             (not 0 <= self.adam_beta2 < 1 or not 0 <= self.adam_beta1 < 1, "adam_beta1 and adam_beta2 must be below 1"),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'SUFFIXES', 'ROLES', 'HEADER', 'find_files', 'BadRow', 'parse_json', 'read_text', 'read_rows', 'need',
            'writable', 'from_alpaca', 'from_turns', 'normalise', 'alpaca_prompt', 'with_system', 'chat_prompt',
-           'encode_prompt', 'longest_prefix', 'fit', 'fit_text', 'prepare', 'good_rows', 'unique', 'to_dataset',
-           'load_split', 'file_rows', 'hub_rows', 'load_prompts']
+           'encode_prompt', 'longest_prefix', 'fit', 'fit_text', 'prepare', 'NoPrompts', 'good_rows', 'unique',
+           'to_dataset', 'load_split', 'file_rows', 'hub_rows', 'load_prompts']
 
 # %% ../nbs/01_data.ipynb #06ff8ca4
 import csv
@@ -247,7 +247,9 @@ def prepare(row: Any,                                   # One row, of any schema
     if isinstance(row.get("question"), str): question = row["question"]
     return {**row, **answer, "prompt": prompt, "question": question, "_cut": kept != source}
 
-# %% ../nbs/01_data.ipynb #b5ad2032
+# %% ../nbs/01_data.ipynb #57211325
+class NoPrompts(ValueError): "Data without a single prompt."
+
 def good_rows(rows: Iterator[tuple[str, Any]], # Places and rows
               on_bad_row: str,                 # "error" or "skip"
               ready: Callable[[Any, str], dict], # A row and its place to the prepared row
@@ -261,7 +263,7 @@ def good_rows(rows: Iterator[tuple[str, Any]], # Places and rows
         except BadRow:
             if on_bad_row == "error": raise
             bad += 1
-    if not good: raise ValueError(f"No usable prompt: all {bad} rows are bad" if bad else "No prompts: the data is empty")
+    if not good: raise NoPrompts(f"no usable prompt, all {bad} rows are bad" if bad else "no prompts, the data is empty")
     return good, bad
 
 def unique(rows: list[dict], # Prepared rows
@@ -310,7 +312,7 @@ def hub_rows(args: DataArguments, cache_dir: str | None) -> dict[str, Iterator[t
     if "train" not in data: raise ValueError(f"{args.dataset_name}: no train split; it has {', '.join(data)}")
     return {name: ((f"{args.dataset_name} {name}, row {i}", row) for i, row in enumerate(split, 1)) for name, split in data.items()}
 
-# %% ../nbs/01_data.ipynb #d5b80924
+# %% ../nbs/01_data.ipynb #3880e1f0
 def load_prompts(args: DataArguments,                                # What to read
                  tokenizer: PreTrainedTokenizerBase | None = None,   # The policy's; without it nothing is shortened
                  max_source_length: int | None = None,               # Longest prompt, in tokens
@@ -322,8 +324,11 @@ def load_prompts(args: DataArguments,                                # What to r
     elif args.train_file_dir: splits = dict(train=file_rows(args.train_file_dir))
     else: raise ValueError("No data: give --train_file_dir or --dataset_name")
     if args.validation_file_dir: splits["validation"] = file_rows(args.validation_file_dir)
-    load = lambda rows: load_split(rows, args, tokenizer, max_source_length, seed)
-    data = DatasetDict({k: load(splits[k]) for k in ("train", "validation") if k in splits})
+    sources = dict(train=args.dataset_name or args.train_file_dir, validation=args.validation_file_dir or args.dataset_name)
+    def load(split: str) -> Dataset:
+        try: return load_split(splits[split], args, tokenizer, max_source_length, seed)
+        except NoPrompts as e: raise ValueError(f"{sources[split]}: {e}") from None
+    data = DatasetDict({k: load(k) for k in ("train", "validation") if k in splits})
     n = round(len(data["train"]) * args.validation_split_percentage / 100)
     if "validation" not in data and n:
         if n == len(data["train"]):

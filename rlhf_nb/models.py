@@ -509,7 +509,7 @@ def load_lm(args: ModelArguments,
                                               quantization_config=quant, **common)
     return prepare_model_for_kbit_training(lm, use_gradient_checkpointing=False) if quant else lm
 
-# %% ../nbs/02_models.ipynb #ce8c9f80
+# %% ../nbs/02_models.ipynb #a98a2762
 VALUE_HEAD = "value_head.safetensors"
 
 def lora_config(lm: PreTrainedModel, args: ModelArguments) -> LoraConfig:
@@ -532,7 +532,9 @@ def load_policy(args: ModelArguments,
 ) -> Policy:
     "Policy and reference, as the settings ask."
     lm = load_lm(args, dtype if args.use_peft else torch.float32, device)
-    if args.peft_path: lm = PeftModel.from_pretrained(lm, args.peft_path, is_trainable=True)
+    if args.peft_path:
+        try: lm = PeftModel.from_pretrained(lm, args.peft_path, is_trainable=True)
+        except RuntimeError as e: raise ValueError(f"peft_path={args.peft_path} is no adapter of {args.model_name_or_path}: {str(e).splitlines()[-1].strip()}") from e
     elif args.use_peft: lm = get_peft_model(lm, lora_config(lm, args))
     policy = Policy(lm, trained_adapter=bool(args.peft_path))
     policy.source = args.peft_path or args.model_name_or_path

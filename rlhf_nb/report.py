@@ -38,12 +38,12 @@ class ProgressBar(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
-# %% ../nbs/08_report.ipynb #9b9ab33b
+# %% ../nbs/08_report.ipynb #6c1919be
 def plain(text: str, # What a model wrote
           most: int = 200, # Characters
 ) -> str:
     "Text that is safe on a terminal."
-    text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "·", text)
+    text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "·", text)
     return text if len(text) <= most else text[:most] + "..."
 
 def samples_table(title: str,

@@ -9,7 +9,7 @@ __all__ = ['logger', 'PATHS', 'KEPT', 'Experience', 'make_experience', 'micro_ba
            'recomputed', 'smaller', 'Update', 'deal', 'Verbs', 'rollout_stats', 'update_stats', 'settings_of',
            'kind_of_run', 'Files', 'Watched', 'Signals', 'PPOTrainer']
 
-# %% ../nbs/06_trainer.ipynb #3c54403c
+# %% ../nbs/06_trainer.ipynb #9c05b76e
 import hashlib
 import json
 import logging
@@ -19,6 +19,7 @@ import signal
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -312,7 +313,7 @@ def smaller(size: int,  # Answers at once
     logger.warning("Out of memory with %d answers at a time: %d from now on; %s=%d saves the attempt", size, size // 2, name, size // 2)
     return size // 2
 
-# %% ../nbs/06_trainer.ipynb #faae609c
+# %% ../nbs/06_trainer.ipynb #6f71782a
 class Update(Parts):
     "From experience to new weights."
     def update(self,
@@ -334,7 +335,7 @@ class Update(Parts):
                 break
             stats["policy/grad_norm"] = self.accelerator.clip_grad_norm_(self.trained, args.max_grad_norm or float("inf")).item()
             if not math.isfinite(stats["policy/grad_norm"]) and not self.accelerator.scaler:
-                self.skips.note(self.state.global_step + 1, "the gradient is" if math.isfinite(stats["loss/policy_avg"]) else "the loss is")
+                self.skips.note(self.state.global_step + 1, "the gradient is" if math.isfinite(stats["loss/policy_avg"] + stats["loss/value_avg"]) else "the loss is")
                 self.optimizer.zero_grad()
                 break
             self.optimizer.step()
@@ -422,7 +423,7 @@ def deal(n: int,      # Prompts
     epochs = {e: order(e) for e in {p // n for p in places}}
     return [int(epochs[p // n][p % n]) for p in places]
 
-# %% ../nbs/06_trainer.ipynb #3960c99f
+# %% ../nbs/06_trainer.ipynb #52164751
 class Verbs(Update):
     "A PPO step, by hand."
     def batches(self) -> Iterator[list[dict]]: # Rows of the data set
@@ -502,7 +503,9 @@ class Verbs(Update):
             stats |= self.update(exp, taught)
             self.kl_ctl.update(stats["objective/kl"], len(answers.logprobs))
         if self.skips.total == skipped: self.skips.in_a_row = 0
-        self.lr_scheduler.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.lr_scheduler.step()
         state.global_step += 1
         if self.train_dataset is not None: state.epoch = self.episodes(state.global_step) / len(self.train_dataset)
         self.whole = True
