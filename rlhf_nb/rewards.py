@@ -7,7 +7,7 @@ __all__ = ['logger', 'as_messages', 'as_text', 'encode_pair', 'model_max_length'
            'strided', 'pick_label', 'RewardModel', 'show', 'is_number', 'check_scores', 'concurrently', 'in_parts',
            'call_reward', 'call_plainly', 'culprit', 'Scores', 'Rewards', 'load_reward_model']
 
-# %% ../nbs/03_rewards.ipynb #489a6348
+# %% ../nbs/03_rewards.ipynb #94d75650
 import asyncio
 import inspect
 import logging
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
@@ -105,7 +106,7 @@ def strided(model: PreTrainedModel) -> PreTrainedModel: # The same, its DeBERTa 
     for m in model.modules(): m.__class__ = StridedAttention if type(m) is DisentangledSelfAttention else m.__class__
     return model
 
-# %% ../nbs/03_rewards.ipynb #6b0ed621
+# %% ../nbs/03_rewards.ipynb #fcb559f5
 def pick_label(config, label: str | None) -> int: # Index into the model's outputs
     "Which output is the score; `ValueError` where that is not clear."
     if config.num_labels == 1: return 0
@@ -140,10 +141,16 @@ class RewardModel:
         same = [(*pair["input_ids"],) for pair in pairs]
         once = sorted(dict(zip(same, pairs)).items(), key=lambda pair: len(pair[0]))
         scores: dict[tuple[int, ...], float] = {}
-        for start in range(0, len(once), self.batch_size):
-            ids, batch = zip(*once[start:start + self.batch_size])
-            read = self.tokenizer.pad(list(batch), return_tensors="pt").to(self.model.device)
-            scores |= zip(ids, self.model(**read).logits[:, self.label].float().tolist())
+        while len(scores) < len(once):
+            ids, batch = zip(*once[len(scores):len(scores) + self.batch_size])
+            try: found = self.model(**self.tokenizer.pad(list(batch), return_tensors="pt").to(self.model.device)).logits
+            except RuntimeError as e:
+                if not should_reduce_batch_size(e) or self.batch_size == 1: raise
+                self.batch_size //= 2
+                clear_device_cache(garbage_collection=True)
+                logger.warning("Out of memory in %s: reward_batch_size=%d from now on", self.__name__, self.batch_size)
+                continue
+            scores |= zip(ids, found[:, self.label].float().tolist())
         return [scores[ids] for ids in same]
 
 # %% ../nbs/03_rewards.ipynb #57038994

@@ -26,12 +26,12 @@ class Watch(TrainerCallback):
 
 @pytest.mark.slow
 def test_3000_updates(tmp_path):
-    model, tok = tiny_policy("llama", hidden_size=16, num_hidden_layers=1)
+    model, tok = tiny_policy("bloom", hidden_size=16, n_layer=1)
     watch, updates = Watch(), 3000
     args = PPOConfig(output_dir=str(tmp_path/"run"), max_steps=updates, batch_size=2, mini_batch_size=2, num_ppo_epochs=1, max_target_length=4,
                      save_steps=500, save_total_limit=2, torch_dtype="float32", disable_tqdm=True)
     trainer = PPOTrainer(model, lambda completions, **columns: [float(len(c)) for c in completions], args, Dataset.from_dict({"prompt": list("abcdefgh")}),
-                         processing_class=tok, callbacks=[watch], peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+                         processing_class=tok, callbacks=[watch], peft_config=LoraConfig(r=2, target_modules=["query_key_value"]))
     trainer.train()
     print(f"resident after 500 updates {watch.memory[4]:.0f} MB, after {updates} {watch.memory[-1]:.0f} MB; open files {watch.files[4]}, {watch.files[-1]}")
     assert max(watch.memory[5:]) < 1.05 * watch.memory[4] and watch.files[-1] <= watch.files[4]

@@ -43,6 +43,8 @@ def world(tmp_path_factory):
     save("t5", T5ForConditionalGeneration(T5Config(vocab_size=len(tok), d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)), tok)
     save("bert", BertLMHeadModel(BertConfig(vocab_size=len(tok), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)), tok)
     save("no_tokenizer", policy, None)
+    tok.add_tokens(["<more>"])
+    tok.save_pretrained(at/"more_tokens")
     for name in ("cut", "no_eos", "no_config", "nonsense"): shutil.copytree(at/"policy", at/name)
     weights = at/"cut"/"model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -135,6 +137,7 @@ CALLS = { # What is added to a good call; what the message says
     "no checkpoint": ("--resume_from_checkpoint {at}/policy", "manifest"),
     "a torn checkpoint": ("--resume_from_checkpoint {at}/torn/checkpoint-1", "value_head.safetensors is missing"),
     "another rank": ("--lora_rank 4 --resume_from_checkpoint {at}/run/checkpoint-1", "lora.r was 8, is 4"),
+    "another tokenizer": ("--tokenizer_name_or_path {at}/more_tokens --resume_from_checkpoint {at}/run/checkpoint-1", "tokenizer was .* tokens"),
     "another model": ("--model_name_or_path {at}/small --resume_from_checkpoint {at}/run/checkpoint-1", "model.hidden_size was"),
 }
 
