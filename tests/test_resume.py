@@ -160,12 +160,12 @@ def test_several_skipped_updates_in_a_row_end_the_run(tiny, tmp_path, monkeypatc
     assert damage(tmp_path/"run"/"checkpoint-3") is None
 
 
-def no_memory_above(trainer, rows):
-    "The policy runs out of memory with more rows than these; the sizes that were tried."
+def no_memory_above(trainer, rows, after=0):
+    "The policy runs out of memory with more rows than these, but for some calls; the sizes that were tried."
     forward, tried = trainer.policy.forward, []
     def limited(query_ids, *args, **kw):
         tried.append(len(query_ids))
-        if len(query_ids) > rows: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate everything.")
+        if len(query_ids) > rows and len(tried) > after: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate everything.")
         return forward(query_ids, *args, **kw)
     trainer.policy.forward = limited
     return tried
@@ -178,6 +178,16 @@ def test_out_of_memory_the_same_update_in_smaller_passes(tmp_path, straight, cap
     for a, b in zip(weights(trainer), weights(straight), strict=True): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert [entry["tokens/responses"] for entry in trainer.state.log_history] == [entry["tokens/responses"] for entry in straight.state.log_history]
     assert tried.count(4) == 2 and tried.count(2) == 2 and "4 answers at a time: 2 from now on; mini_batch_size=2" in caplog.text
+
+
+def test_out_of_memory_halfway_through_a_gradient(tmp_path, straight):
+    trainer = make(tmp_path/"run", mini_batch_size=2, gradient_accumulation_steps=2, max_steps=1, save_steps=0)
+    tried = no_memory_above(trainer, 1, after=3)
+    trainer.train()
+    plain = make(tmp_path/"plain", max_steps=1, save_steps=0)
+    plain.train()
+    assert tried == [4, 4, 2, 2] + [1] * 8
+    for a, b in zip(weights(trainer), weights(plain), strict=True): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_out_of_memory_with_one_answer_is_the_end(tiny, tmp_path, monkeypatch, capsys):
