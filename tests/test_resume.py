@@ -181,10 +181,11 @@ def test_out_of_memory_the_same_update_in_smaller_passes(tmp_path, straight, cap
 
 
 def test_out_of_memory_halfway_through_a_gradient(tmp_path, straight):
-    trainer = make(tmp_path/"run", mini_batch_size=2, gradient_accumulation_steps=2, max_steps=1, save_steps=0)
+    settings = dict(max_steps=1, save_steps=0, adam_epsilon=.1, learning_rate=.1)
+    trainer = make(tmp_path/"run", mini_batch_size=2, gradient_accumulation_steps=2, **settings)
     tried = no_memory_above(trainer, 1, after=3)
     trainer.train()
-    plain = make(tmp_path/"plain", max_steps=1, save_steps=0)
+    plain = make(tmp_path/"plain", **settings)
     plain.train()
     assert tried == [4, 4, 2, 2] + [1] * 8
     for a, b in zip(weights(trainer), weights(plain), strict=True): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
