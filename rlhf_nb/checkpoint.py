@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATE', 'MANIFEST', 'PICKLES', 'logger', 'pack', 'unpack', 'random_states', 'set_random_states', 'contents', 'damage',
-           'flush', 'discard', 'write_checkpoint', 'read_state', 'checkpoints', 'find_checkpoint', 'keep_newest',
-           'differences', 'check_same', 'check_output_dir']
+           'flush', 'discard', 'write_checkpoint', 'read_state', 'checkpoints', 'find_checkpoint', 'set_aside',
+           'keep_newest', 'differences', 'check_same', 'check_output_dir']
 
 # %% ../nbs/07_checkpoint.ipynb #0ea84037
 import hashlib
@@ -68,7 +68,7 @@ def set_random_states(states: dict[str, Any], generator: torch.Generator):
     if states["cuda"]: torch.cuda.set_rng_state_all(states["cuda"])
     generator.set_state(states["generator"])
 
-# %% ../nbs/07_checkpoint.ipynb #e8787b16
+# %% ../nbs/07_checkpoint.ipynb #aa519559
 STATE, MANIFEST = "training_state", "manifest.json"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 
@@ -127,9 +127,11 @@ def write_checkpoint(path: str | Path,               # Ends as a folder of this 
     except (OSError, SafetensorError) as e:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"{path} could not be written ({e}); earlier checkpoints are as they were") from e
-    if path.exists(): discard(path)
+    old = path.with_name(f"tmp-old-{path.name}")
+    if path.exists(): path.rename(old)
     aside.rename(path)
     flush(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 def read_state(path: str | Path) -> Any: # A checkpoint folder
     "The state that `write_checkpoint` was given; `ValueError` if the checkpoint is not whole."
@@ -137,7 +139,7 @@ def read_state(path: str | Path) -> Any: # A checkpoint folder
     if wrong := damage(path): raise ValueError(f"{path} cannot be resumed from: {wrong}")
     return unpack(json.loads((path/f"{STATE}.json").read_text(encoding="utf-8")), load_file(path/f"{STATE}.safetensors"))
 
-# %% ../nbs/07_checkpoint.ipynb #0a2f90ff
+# %% ../nbs/07_checkpoint.ipynb #9916c857
 logger = logging.getLogger(__name__)
 
 def checkpoints(output_dir: str | Path) -> list[Path]: # Oldest first
@@ -150,10 +152,22 @@ def find_checkpoint(resume: str | bool,      # A folder, or True for the newest 
 ) -> Path:
     "The checkpoint to resume from; `ValueError` if there is none."
     if str(resume).lower() != "true": return Path(resume)
+    for path in Path(output_dir).glob("tmp-checkpoint-*"):
+        name = path.with_name(path.name.removeprefix("tmp-"))
+        if not name.exists() and damage(path) is None: path.rename(name)
     for path in reversed(found := checkpoints(output_dir)):
         if (wrong := damage(path)) is None: return path
         logger.warning("%s is passed over: %s", path, wrong)
     raise ValueError(f"Nothing to resume: {output_dir} has no checkpoint-* folder" + " that is whole" * bool(found))
+
+def set_aside(output_dir: str | Path, step: int): # The step that the run goes on from
+    "Give checkpoints of later steps another name: they belong to a run that is not gone on with, or are damaged."
+    for path in checkpoints(output_dir):
+        if int(path.name.removeprefix("checkpoint-")) <= step: continue
+        to = path.with_name(f"set-aside-{path.name}")
+        shutil.rmtree(to, ignore_errors=True)
+        path.rename(to)
+        logger.warning("%s is called %s from now on", path, to.name)
 
 def keep_newest(output_dir: str | Path, limit: int | None): # How many to keep; None: all
     "Delete the oldest checkpoints beyond `limit`, and what a run that died left half written."

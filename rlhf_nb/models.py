@@ -209,14 +209,15 @@ def rearranged(qkv: Tensor, # As BLOOM computes it, (B, N, heads * 3 * size)
     "Query, key and value."
     return qkv.unflatten(2, (heads, 3, -1)).permute(3, 0, 2, 1, 4).contiguous()
 
-# %% ../nbs/02_models.ipynb #e16ef92d
+# %% ../nbs/02_models.ipynb #bfa21949
 class SdpaBloomAttention(BloomAttention):
     "BLOOM's attention through `scaled_dot_product_attention`; ALiBi and the mask are its bias."
     def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, use_cache=False, output_attentions=False, **kwargs):
         qkv = self.query_key_value(hidden_states)
         bias = alibi.view(len(qkv), self.num_heads, 1, -1)
         if attention_mask is not None: bias = bias + attention_mask
-        bias, scale = bias.to(qkv.dtype), self.inv_norm_factor
+        if bias.dtype != qkv.dtype: bias = bias.clamp(min=torch.finfo(qkv.dtype).min).to(qkv.dtype)
+        scale = self.inv_norm_factor
         if layer_past is None and qkv.device.type == "cpu": out = _Attention.apply(qkv, bias, scale, self.num_heads)
         else:
             q, k, v = self._reshape(qkv)
@@ -224,7 +225,7 @@ class SdpaBloomAttention(BloomAttention):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2).flatten(2)
         return residual + F.dropout(self.dense(out), self.hidden_dropout, self.training), None
 
-# %% ../nbs/02_models.ipynb #3ef6f0d3
+# %% ../nbs/02_models.ipynb #2eda5f51
 def packs(weight: Tensor) -> bool:
     "Does oneDNN have a faster product for it, with what follows the product in it?"
     return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -248,11 +249,11 @@ class FusedBloomMLP(BloomMLP):
     def up(self, x: Tensor) -> Tensor: # (..., H) to (..., 4 H)
         "The first layer and GELU."
         layer = self.dense_h_to_4h
-        plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not layer.weight.requires_grad
+        plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not any(p.requires_grad for p in layer.parameters())
         if plain and packs(layer.weight) and x.dtype == layer.weight.dtype: return _LinearGelu.apply(x, layer.weight, layer.bias)
         return F.gelu(layer(x), approximate="tanh")
 
-# %% ../nbs/02_models.ipynb #7aa2f595
+# %% ../nbs/02_models.ipynb #db4f2e18
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale):
@@ -274,7 +275,7 @@ class FusedLora(LoraLinear):
     "LoRA around a frozen linear layer."
     def forward(self, x, *args, **kwargs):
         plain = type(self.base_layer) is nn.Linear and len(self.active_adapters) == 1 and not (
-            self.disable_adapters or self.merged or self.lora_variant or kwargs or self.base_layer.weight.requires_grad)
+            self.disable_adapters or self.merged or self.lora_variant or kwargs or any(p.requires_grad for p in self.base_layer.parameters()))
         name = self.active_adapters[0] if plain else None
         if name not in self.lora_A or self.lora_B[name].bias is not None or self.lora_dropout[name].training: return super().forward(x, *args, **kwargs)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else self.lora_A[name].weight.dtype

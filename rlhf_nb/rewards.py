@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'as_messages', 'as_text', 'encode_pair', 'model_max_length', 'fit_pair', 'skewed', 'StridedAttention',
-           'strided', 'pick_label', 'RewardModel', 'show', 'is_number', 'check_scores', 'concurrently', 'in_parts',
-           'call_reward', 'call_plainly', 'culprit', 'Scores', 'Rewards', 'load_reward_model']
+           'strided', 'pick_label', 'RewardModel', 'show', 'is_number', 'check_scores', 'Late', 'concurrently',
+           'in_parts', 'call_reward', 'call_plainly', 'culprit', 'Scores', 'Rewards', 'load_reward_model']
 
 # %% ../nbs/03_rewards.ipynb #94d75650
 import asyncio
@@ -183,18 +183,21 @@ def check_scores(scores: Any,    # What a function returned
     known = lambda x: math.inf if math.isnan(x) else float(x)
     return [math.nan if s is None else [*map(known, s)] if isinstance(s, list) else known(s) for s in scores]
 
-# %% ../nbs/03_rewards.ipynb #51a77fc2
+# %% ../nbs/03_rewards.ipynb #e9c07eb9
+class Late(Exception):
+    "No answer in time."
+
 def concurrently(calls: list[Callable[[], Any]], # Each without arguments
                  timeout: float | None = None,   # Seconds for all of them; None: no limit
-) -> list:                                       # Of each its value, or the exception that it raised, or a `TimeoutError`
+) -> list:                                       # Of each its value, or the exception that it raised, or a `Late`
     "Call all at once, each in a thread that the program does not wait for."
     done: queue.SimpleQueue = queue.SimpleQueue()
     def run(i: int):
         try: done.put((i, calls[i]()))
-        except Exception as e: done.put((i, e))
+        except BaseException as e: done.put((i, e))
     for i in range(len(calls)): threading.Thread(target=run, args=(i,), daemon=True).start()
     end = None if timeout is None else time.monotonic() + timeout
-    found: list = [TimeoutError()] * len(calls)
+    found: list = [Late()] * len(calls)
     try:
         for _ in calls:
             i, value = done.get(timeout=None if end is None else max(0., end - time.monotonic()))
@@ -211,7 +214,7 @@ def in_parts(batch: dict[str, Any], # Lists with a value per prompt, and what be
     split = lambda v, a, b: v[a:b] if isinstance(v, list) and len(v) == n else v
     return [{k: split(v, a, b) for k, v in batch.items()} for a, b in zip(cuts, cuts[1:]) if a < b]
 
-# %% ../nbs/03_rewards.ipynb #35ac6556
+# %% ../nbs/03_rewards.ipynb #41d2a5e2
 def call_reward(func: Callable,
                 name: str,
                 prompts: list,
@@ -226,10 +229,11 @@ def call_reward(func: Callable,
     call = lambda part: asyncio.run(func(**part)) if awaited else func(**part)
     parts, threads = in_parts(batch, workers), awaited or timeout is not None or workers > 1
     found = concurrently([lambda part=part: call(part) for part in parts], timeout) if threads else [call_plainly(call, batch)]
+    again = (lambda one: concurrently([lambda: call(one)], timeout)[0]) if threads else (lambda one: call_plainly(call, one))
     scores: list[float] = []
     for part, value in zip(parts, found):
-        if isinstance(value, TimeoutError) and timeout is not None: raise ValueError(f"Reward {name} took more than {timeout:g} s for {len(part['prompts'])} prompts, the first of them {show(part['prompts'][0])}")
-        if isinstance(value, Exception): raise ValueError(culprit(call, name, part, value)) from value
+        if isinstance(value, Late): raise ValueError(f"Reward {name} took more than {timeout:g} s for {len(part['prompts'])} prompts, the first of them {show(part['prompts'][0])}")
+        if isinstance(value, BaseException): raise ValueError(culprit(again, name, part, value)) from value
         scores += check_scores(value, name, part["prompts"], [len(ids) for ids in part["completion_ids"]] if "completion_ids" in part else None)
     return scores
 
@@ -238,14 +242,15 @@ def call_plainly(call: Callable, batch: dict[str, Any]) -> Any: # Its value, or 
     try: return call(batch)
     except Exception as e: return e
 
-def culprit(call: Callable, name: str, batch: dict[str, Any], e: Exception) -> str: # For an error message
+def culprit(again: Callable, name: str, batch: dict[str, Any], e: BaseException) -> str: # For an error message
     "Which prompt a function fails on."
     for one in in_parts(batch, len(batch["prompts"])):
-        if isinstance(e1 := call_plainly(call, one), Exception):
+        if isinstance(e1 := again(one), Late): break
+        if isinstance(e1, BaseException):
             return f"Reward {name} failed on the prompt {show(one['prompts'][0])}: {type(e1).__name__}: {e1}"
     return f"Reward {name} failed on {len(batch['prompts'])} prompts, the first of them {show(batch['prompts'][0])}: {type(e).__name__}: {e}"
 
-# %% ../nbs/03_rewards.ipynb #420b41b8
+# %% ../nbs/03_rewards.ipynb #f2d3b8ed
 class Scores(NamedTuple):
     "The rewards of a batch."
     total: Tensor               # Weighted sum, less the baseline, (B,), float32
@@ -286,7 +291,7 @@ class Rewards:
         width = max((len(s) for row in rows for s in row if isinstance(s, list)), default=0)
         if not width: return None
         padded = torch.tensor([[s + [0.] * (width - len(s)) if isinstance(s, list) else [0.] * width for s in row] for row in rows])
-        return (padded * self.weights[:, None, None]).sum(0)
+        return torch.where(self.weights[:, None, None] != 0, padded * self.weights[:, None, None], 0.).sum(0)
 
 # %% ../nbs/03_rewards.ipynb #e95c5fd9
 def load_reward_model(name: str,                   # Hub name or folder

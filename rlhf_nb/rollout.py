@@ -23,14 +23,14 @@ from transformers.cache_utils import DynamicLayer
 from .data import encode_prompt
 from .models import FusedBloomMLP, FusedLora, Policy, Sampling, packs, positions, sampling_logits, token_logprobs, unwrapped
 
-# %% ../nbs/04_rollout.ipynb #fb4f23f5
+# %% ../nbs/04_rollout.ipynb #56df0461
 def draw(weights: Tensor, # Not negative, (B, N)
          target: Tensor,  # From 0 to their sum, (B,)
 ) -> tuple[Tensor, Tensor]: # Indices, and what is left of the target within them, (B,) each
     "Where a target falls in the running sum; never where the weight is 0."
     cdf = weights.cumsum(-1)
     target = torch.minimum(target, torch.nextafter(cdf[:, -1], torch.zeros_like(target)))[:, None]
-    index = torch.searchsorted(cdf, target, right=True)
+    index = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1)
     return index[:, 0], (target - (cdf - weights).gather(1, index)).clamp(min=0)[:, 0]
 
 def sample_tokens(logits: Tensor,   # (B, V), float32
@@ -44,9 +44,9 @@ def sample_tokens(logits: Tensor,   # (B, V), float32
     total = sums.sum(-1)
     index, rest = draw(sums, uniform.to(sums) * total)
     within, _ = draw(p[rows, index], rest)
-    return index * block + within, (p[rows, index, within] / total).log()
+    return (index * block + within).clamp(max=logits.shape[1] - 1), (p[rows, index, within] / total).log()
 
-# %% ../nbs/04_rollout.ipynb #aa22cb67
+# %% ../nbs/04_rollout.ipynb #48f9017e
 def for_few_rows(weight: Tensor,      # (out, in)
                  bias: Tensor | None, # (out,)
                  rows: int,
@@ -74,7 +74,7 @@ def ready_to_write(lm: PreTrainedModel, # Without a wrapper
     if lm.device.type != "cpu":
         yield
         return
-    lora = [m for m in lm.modules() if type(m) is FusedLora and type(m.base_layer) is nn.Linear and not m.lora_variant]
+    lora = [m for m in lm.modules() if type(m) is FusedLora and type(m.base_layer) is nn.Linear and not m.lora_variant and not any(b.bias is not None for b in m.lora_B.values())]
     inner = {part for m in lora for part in m.modules() if part is not m}
     plain = [m for m in lm.modules() if type(m) is nn.Linear and m not in inner and (int8 or m.weight.dtype == torch.bfloat16)]
     layers, before_gelu = [m for m in [*lora, *plain] if "forward" not in vars(m)], {m.dense_h_to_4h: m for m in lm.modules() if type(m) is FusedBloomMLP}

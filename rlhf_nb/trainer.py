@@ -9,7 +9,7 @@ __all__ = ['logger', 'PATHS', 'KEPT', 'Experience', 'make_experience', 'micro_ba
            'recomputed', 'smaller', 'Update', 'deal', 'Verbs', 'rollout_stats', 'update_stats', 'settings_of',
            'kind_of_run', 'Files', 'Watched', 'Signals', 'PPOTrainer']
 
-# %% ../nbs/06_trainer.ipynb #9c05b76e
+# %% ../nbs/06_trainer.ipynb #6d30deff
 import hashlib
 import json
 import logging
@@ -46,7 +46,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import is_bitsandbytes_available
 
 from .checkpoint import (check_output_dir, check_same, checkpoints, differences, discard, find_checkpoint, keep_newest, random_states,
-                                read_state, set_random_states, write_checkpoint)
+                                read_state, set_aside, set_random_states, write_checkpoint)
 from .config import ModelArguments, PPOConfig
 from .models import (CRITIC, Policy, Sampling, end_tokens, load_lm, load_weights, lora_targets, prepare_tokenizer,
                             resolve_dtype, run_device, save_policy, unwrapped, use_adapter)
@@ -194,7 +194,7 @@ class Schedule(DefaultFlowCallback):
         control.should_training_stop |= state.global_step >= state.max_steps
         return control
 
-# %% ../nbs/06_trainer.ipynb #9c2e2555
+# %% ../nbs/06_trainer.ipynb #b9531e86
 class RunError(RuntimeError):
     "A run that cannot go on."
 
@@ -206,11 +206,11 @@ class Skips:
     since: int = 0    # The first update of the row
     what: str = ""    # What was not finite in it
 
-    def note(self, step: int, what: str): # The update, from 1 on
+    def note(self, step: int, what: str, done: int = 0): # The update, from 1 on; its optimiser steps before that
         "One more."
         if not self.in_a_row: self.since, self.what = step, what
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
-        logger.warning("Update %d is skipped: %s not finite", step, what)
+        logger.warning("Update %d is %s: %s not finite", step, f"cut short after {done} optimiser steps" if done else "skipped", what)
 
 def not_finite(rollout: Rollout, scores: Scores) -> str | None: # None: all is
     "What PPO cannot learn from."
@@ -302,18 +302,18 @@ def recomputed(policy: Policy, wanted: bool) -> Iterator[None]:
     finally:
         for layer in layers: del layer.forward
 
-# %% ../nbs/06_trainer.ipynb #b12efb55
+# %% ../nbs/06_trainer.ipynb #4ce966a4
 def smaller(size: int,  # Answers at once
-            name: str,  # The setting that they come from
+            saves: str, # Settings that would have saved the attempt
             else_: str, # What else would help
 ) -> int:
     "Half of it, with the memory freed and a line to the user; `RunError` where nothing is left to halve."
     clear_device_cache(garbage_collection=True)
     if size == 1: raise RunError(f"Out of memory with one answer at a time. What helps: {else_}")
-    logger.warning("Out of memory with %d answers at a time: %d from now on; %s=%d saves the attempt", size, size // 2, name, size // 2)
+    logger.warning("Out of memory with %d answers at a time: %d from now on; %s saves the attempt", size, size // 2, saves)
     return size // 2
 
-# %% ../nbs/06_trainer.ipynb #6f71782a
+# %% ../nbs/06_trainer.ipynb #86c2e71b
 class Update(Parts):
     "From experience to new weights."
     def update(self,
@@ -335,7 +335,7 @@ class Update(Parts):
                 break
             stats["policy/grad_norm"] = self.accelerator.clip_grad_norm_(self.trained, args.max_grad_norm or float("inf")).item()
             if not math.isfinite(stats["policy/grad_norm"]) and not self.accelerator.scaler:
-                self.skips.note(self.state.global_step + 1, "the gradient is" if math.isfinite(stats["loss/policy_avg"] + stats["loss/value_avg"]) else "the loss is")
+                self.skips.note(self.state.global_step + 1, "the gradient is" if math.isfinite(stats["loss/policy_avg"] + stats["loss/value_avg"]) else "the loss is", len(done))
                 self.optimizer.zero_grad()
                 break
             self.optimizer.step()
@@ -360,22 +360,34 @@ class Update(Parts):
                    answers: tuple[Tensor, Tensor] | None = None, # As in `update`
     ) -> dict[str, float]:                                       # Means over tokens
         "Gradients of one optimiser step; out of memory, the same gradients in smaller passes."
+        total = self.summed(exp.response_mask[rows].sum())
+        taught_total = self.summed(answers[1][rows].sum()) if answers else 0
         while True:
-            try: return self.gradients(exp, rows, answers)
+            try:
+                stats = self.gradients(exp, rows, total, answers, taught_total)
+                break
             except RuntimeError as e:
                 if not should_reduce_batch_size(e): raise
             self.optimizer.zero_grad()
-            self.pass_limit = smaller(self.pass_size, "mini_batch_size", "gradient_checkpointing, a shorter max_target_length, 8-bit weights")
+            half = self.pass_size // 2
+            self.pass_limit = smaller(self.pass_size, f"mini_batch_size={half} with twice the gradient_accumulation_steps", "gradient_checkpointing, a shorter max_target_length, 8-bit weights")
+        for p in self.trained: p.grad = p.grad if p.grad is None else self.summed(p.grad)
+        return dict(zip(stats, self.summed(torch.tensor([*stats.values()], device=total.device)).tolist()))
 
     @property
     def pass_size(self) -> int: # Answers
         "What one pass takes, as far as the memory is known to go."
         return min(self.args.mini_batch_size, self.pass_limit)
 
-    def gradients(self, exp: Experience, rows: Tensor, answers: tuple[Tensor, Tensor] | None = None) -> dict[str, float]: # As in `accumulate`
+    def gradients(self,
+                  exp: Experience,
+                  rows: Tensor,
+                  total: Tensor,                          # Their tokens, in all processes
+                  answers: tuple[Tensor, Tensor] | None,
+                  taught_total: Tensor | int,             # The reference answers' tokens, likewise
+    ) -> dict[str, float]:                                # This process's part of the means
         "A micro-batch at a time; each counts by its tokens."
-        total, stats = self.summed(exp.response_mask[rows].sum()), {}
-        taught_total = self.summed(answers[1][rows].sum()) if answers else 0
+        stats: dict[str, float] = {}
         for some in rows.split(self.pass_size):
             mb = micro_batch(exp, some)
             share = mb.response_mask.sum() / total
@@ -387,8 +399,7 @@ class Update(Parts):
                 new["loss/ptx"] = -keep(taught, mask).sum() / taught_total / share
                 self.accelerator.backward(self.args.ptx_coef * share * new["loss/ptx"])
             stats = {k: stats.get(k, 0.) + share.item() * v.item() for k, v in new.items()}
-        for p in self.trained: p.grad = p.grad if p.grad is None else self.summed(p.grad)
-        return dict(zip(stats, self.summed(torch.tensor([*stats.values()], device=total.device)).tolist()))
+        return stats
 
     def loss(self, mb: Experience) -> tuple[Tensor, dict[str, Tensor]]: # Scalars
         "The loss of some rows, and what it says of them."
@@ -423,7 +434,7 @@ def deal(n: int,      # Prompts
     epochs = {e: order(e) for e in {p // n for p in places}}
     return [int(epochs[p // n][p % n]) for p in places]
 
-# %% ../nbs/06_trainer.ipynb #52164751
+# %% ../nbs/06_trainer.ipynb #476700a6
 class Verbs(Update):
     "A PPO step, by hand."
     def batches(self) -> Iterator[list[dict]]: # Rows of the data set
@@ -454,7 +465,8 @@ class Verbs(Update):
             except RuntimeError as e:
                 if not should_reduce_batch_size(e): raise
             if draws: draws.set_state(before)
-            self.rollout_limit = smaller(min(size, len(rows)), "rollout_batch_size", "a shorter max_source_length or max_target_length, 8-bit weights")
+            size = min(size, len(rows))
+            self.rollout_limit = smaller(size, f"rollout_batch_size={size // 2}", "a shorter max_source_length or max_target_length, 8-bit weights")
 
     def score(self, rollout: Rollout) -> Scores:
         "Reward the answers. Functions see the prompts, the answers, and the data set's other columns."
@@ -552,7 +564,7 @@ def update_stats(logprobs: Tensor,  # Of the policy as it is, (n, T)
             "loss/policy_avg": pl, "loss/value_avg": vl, "val/clipfrac_avg": vclipped,
             "val/ratio": masked_mean(ratio, mask), "val/ratio_var": masked_var(ratio, mask, unbiased=False)}
 
-# %% ../nbs/06_trainer.ipynb #14ef5129
+# %% ../nbs/06_trainer.ipynb #e1ca95b0
 PATHS = {"output_dir", "resume_from_checkpoint"}
 KEPT = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "init_kl_coef", "seed"}
 
@@ -581,6 +593,7 @@ class Files(Verbs):
         path = Path(output_dir or self.args.output_dir)
         if not self.accelerator.is_main_process: return
         path.mkdir(parents=True, exist_ok=True)
+        for old in path.glob("tmp-model-*"): shutil.rmtree(old)
         with tempfile.TemporaryDirectory(dir=path, prefix="tmp-model-") as aside:
             self.write_model(Path(aside))
             if not (Path(aside)/CRITIC).exists(): shutil.rmtree(path/CRITIC, ignore_errors=True)
@@ -621,10 +634,11 @@ class Files(Verbs):
         self.lr_scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
         self.kl_ctl.value, self.moments, self.pending = state["kl_coef"], RunningMoments(**state["moments"]), state["pending"]
-        self.skips = Skips(**state["skips"])
+        self.skips, self.args.seed = Skips(**state["skips"]), state["settings"]["seed"]
         self.state = TrainerState.load_from_json(str(Path(path)/"trainer_state.json"))
         self.state.max_steps, self.state.is_world_process_zero = self.args.max_steps, self.accelerator.is_main_process
         set_random_states(state["random"], self.generator)
+        if self.accelerator.is_main_process: set_aside(self.args.output_dir, self.state.global_step)
 
     def clear_output_dir(self):
         "Remove the checkpoints and logs of an earlier run, which `check_output_dir` has let go."
@@ -679,14 +693,15 @@ class Watched(Files):
         self.accelerator.log(stats, step=self.state.global_step)
         self.control = self.handler.on_log(self.args, self.state, self.control, stats)
 
-# %% ../nbs/06_trainer.ipynb #766426a0
+# %% ../nbs/06_trainer.ipynb #176247c9
 class Signals:
     "Inside, the first SIGINT or SIGTERM is only remembered; the next one has its usual effect."
     def __init__(self): self.seen, self.usual = 0, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self.usual = {number: signal.signal(number, self.remember) for number in (signal.SIGINT, signal.SIGTERM)}
+            heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+            self.usual = {number: signal.signal(number, self.remember) for number in heard}
         return self
 
     def remember(self, number: int, frame):
@@ -698,14 +713,14 @@ class Signals:
         for number, usual in self.usual.items(): signal.signal(number, usual)
         self.usual = {}
 
-# %% ../nbs/06_trainer.ipynb #8ee42a93
+# %% ../nbs/06_trainer.ipynb #36a76b6b
 class PPOTrainer(Watched):
     "PPO with the surface of TRL's trainers."
     def train(self,
               resume_from_checkpoint: str | bool | None = None, # A checkpoint folder, or True for the newest in output_dir
     ) -> TrainOutput:
         "Train until `max_steps`, then save; called again after a stop, go on."
-        args, resume = self.args, resume_from_checkpoint or self.args.resume_from_checkpoint
+        args, resume = self.args, resume_from_checkpoint or (None if self.state.global_step else self.args.resume_from_checkpoint)
         fresh = not resume and not self.state.global_step
         if fresh or resume: check_output_dir(args.output_dir, args.overwrite_output_dir, bool(resume))
         if resume: self.load_checkpoint(find_checkpoint(resume, args.output_dir))
@@ -713,10 +728,11 @@ class PPOTrainer(Watched):
         self.accelerator.init_trackers("trl", config={k: v for k, v in settings_of(args).items() if isinstance(v, (bool, int, float, str))})
         self.control = self.handler.on_train_begin(args, self.state, self.control)
         if args.do_eval and fresh: self.log(self.evaluate())
-        with Signals() as signals: self.loop(signals)
-        if self.pending and not self.stopped_by: self.log_pending()
-        if args.do_eval and not self.stopped_by and "eval/scores" not in self.state.log_history[-1]: self.log(self.evaluate())
-        self.save_model()
+        with Signals() as signals:
+            self.loop(signals)
+            if self.pending and not self.stopped_by: self.log_pending()
+            self.save_model()
+            if args.do_eval and not self.stopped_by and "eval/scores" not in self.state.log_history[-1]: self.log(self.evaluate())
         self.control = self.handler.on_train_end(args, self.state, self.control)
         for tracker in self.accelerator.trackers: tracker.finish()
         return TrainOutput(self.state.global_step, self.last("loss/policy_avg"), self.state.log_history[-1] if self.state.log_history else {})
@@ -726,25 +742,26 @@ class PPOTrainer(Watched):
         self.stopped_by = 0
         for rows in self.batches():
             self.control = self.handler.on_step_begin(self.args, self.state, self.control)
-            self.pending.append(self.guarded_step(rows))
+            self.pending.append(self.guarded(partial(self.timed_step, rows)))
             self.control = self.handler.on_step_end(self.args, self.state, self.control)
             if self.control.should_log: self.log_pending()
-            if self.control.should_evaluate: self.log(self.evaluate())
+            if self.control.should_evaluate: self.log(self.guarded(self.evaluate))
             self.stopped_by = int(from_all(self.accelerator, torch.tensor([signals.seen], device=self.accelerator.device)).max())
             lost = self.skips.in_a_row >= self.args.max_skipped_updates
             if self.control.should_save or self.stopped_by or lost: self.save_checkpoint()
             if lost: raise RunError(f"{self.skips.in_a_row} updates in a row were skipped; in update {self.skips.since} {self.skips.what} not finite. "
-                                    f"The weights of before are in {self.args.output_dir}/checkpoint-{self.state.global_step}")
+                                    f"The last weights are in {self.args.output_dir}/checkpoint-{self.state.global_step}")
             if self.stopped_by: logger.warning("Stopped after update %d; train() goes on, or --resume_from_checkpoint True", self.state.global_step)
             if self.control.should_training_stop or self.stopped_by: break
 
-    def guarded_step(self, rows: list[dict]) -> dict[str, float]: # Metrics
-        "One update; a checkpoint of the one before, if it cannot be."
+    def guarded(self, work: Callable[[], dict[str, float]]) -> dict[str, float]: # What `work` returns: metrics
+        "An update or an evaluation; if it cannot be, a checkpoint of the update before."
         before = random_states(self.generator)
-        try: return self.timed_step(rows)
+        try: return work()
         except Exception:
-            if self.whole and self.accelerator.num_processes == 1:
+            if self.whole and self.state.global_step and self.accelerator.num_processes == 1:
                 set_random_states(before, self.generator)
-                self.save_checkpoint()
-                logger.warning("Saved checkpoint-%d", self.state.global_step)
+                try: self.save_checkpoint()
+                except OSError as e: logger.warning("%s", e)
+                else: logger.warning("Saved checkpoint-%d", self.state.global_step)
             raise

@@ -247,3 +247,41 @@ def test_what_the_checkpoint_keeps_is_said(tmp_path, caplog):
     make(tmp_path/"run", max_steps=2).train()
     make(tmp_path/"run", max_steps=3, learning_rate=1e-3).train(resume_from_checkpoint=True)
     assert "learning_rate was 0.01, is 0.001 in this call; the checkpoint's goes on" in caplog.text
+
+
+def test_an_evaluation_that_fails_loses_nothing(tmp_path, straight):
+    prompts = Dataset.from_dict({"prompt": ["Why?"]})
+    def fails_there(prompts, completions, **columns):
+        if prompts == ["Why?"]: raise ConnectionError("judge is down")
+        return length(completions)
+    trainer = make(tmp_path/"run", fails_there, save_steps=0)
+    trainer.eval_dataset, trainer.args.do_eval, trainer.args.eval_steps, trainer.state.eval_steps = prompts, True, 3, 3
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda: evaluate() if trainer.state.global_step else {}
+    with pytest.raises(ValueError, match="judge is down"): trainer.train()
+    assert damage(tmp_path/"run"/"checkpoint-3") is None
+    resumed = make(tmp_path/"run")
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(weights(resumed), weights(straight))
+
+
+def test_weights_that_are_not_finite_are_found_while_writing(tmp_path, caplog):
+    trainer = make(tmp_path)
+    trainer.trained[1].data.fill_(math.nan)
+    stats = trainer.step(answers := trainer.rollout(["one", "two"]), [1., 2.])
+    assert stats["val/skipped_updates"] == 1 and answers.response_ids.max() < len(trainer.processing_class)
+    assert "log-probs are not finite" in caplog.text
+
+
+def test_a_run_that_goes_on_from_an_earlier_step_sets_later_checkpoints_aside(tmp_path, caplog):
+    make(tmp_path/"run").train()
+    make(tmp_path/"run", save_total_limit=1, save_steps=1, max_steps=3).train(resume_from_checkpoint=str(tmp_path/"run"/"checkpoint-2"))
+    assert sorted(p.name for p in (tmp_path/"run").glob("*checkpoint-*")) == ["checkpoint-3", "set-aside-checkpoint-4"]
+    assert "is called set-aside-checkpoint-4 from now on" in caplog.text
+
+
+def test_the_seed_is_the_checkpoints(tmp_path, straight):
+    make(tmp_path/"run", max_steps=2).train()
+    other = make(tmp_path/"run", seed=7)
+    other.train(resume_from_checkpoint=True)
+    assert equal(weights(other), weights(straight))
