@@ -45,6 +45,7 @@ def test_two_ranks_train_like_one(tiny, tmp_path, more):
 
 MIXED = """
 import sys
+from accelerate.state import PartialState
 from datasets import Dataset
 from rlhf_nb.config import PPOConfig
 from rlhf_nb.tiny import tiny_policy
@@ -61,6 +62,7 @@ trainer = PPOTrainer(policy, mixed, args, data, data, processing_class=tok)
 trainer.train()
 if trainer.accelerator.is_main_process: print("RETURNS", [round(trainer.last(n), 4) for n in ("objective/scores", "loss/value_avg", "policy/grad_norm")])
 print("AFTER", trainer.evaluate()["eval/scores"])
+PartialState().destroy_process_group()
 """
 
 
