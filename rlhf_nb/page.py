@@ -35,7 +35,7 @@ from .config import PPOConfig
 from .report import PANELS, Chart, draw, plain
 from .trainer import PATHS
 
-# %% ../nbs/08_page.ipynb #984524cf
+# %% ../nbs/08_page.ipynb #cbef5293
 class Run(NamedTuple):
     "A run, as its folder tells it."
     name: str
@@ -59,8 +59,8 @@ def read_json(path: Path) -> dict:
 def read_state(folder: Path) -> dict: # transformers' `TrainerState`
     "The newest state of a run; `ValueError` if there is none."
     found = [p for f in (folder, *checkpoints(folder)[-1:]) if (p := f/"trainer_state.json").exists()]
-    states = [s for s in map(read_json, found) if any(k in e for e in s.get("log_history", []) for k in ("objective/scores", "eval/scores"))]
-    if not states: raise ValueError(f"{folder} holds no run: there is no trainer_state.json with scores in it or in its newest checkpoint")
+    states = [s for s in map(read_json, found) if any("objective/scores" in e for e in s.get("log_history", []))]
+    if not states: raise ValueError(f"{folder} holds no run: there is no trainer_state.json with an update's scores in it or in its newest checkpoint")
     return max(states, key=lambda s: s["global_step"])
 
 # %% ../nbs/08_page.ipynb #9b443112
@@ -83,7 +83,7 @@ def read_run(output_dir: str | Path) -> Run:
     return Run(folder.resolve().name, state["log_history"], state["global_step"], state["max_steps"],
                read_json(about) if about.exists() else {}, before, None if before is None else after)
 
-# %% ../nbs/08_page.ipynb #d2f02894
+# %% ../nbs/08_page.ipynb #7785bd6e
 def number(x: float) -> str:
     "Three digits, and no exponent for large numbers."
     return f"{x + 0:,.0f}" if abs(x) >= 100 or x == 0 else f"{x:.3g}"
@@ -91,7 +91,7 @@ def number(x: float) -> str:
 def duration(seconds: float) -> str:
     "In a unit that suits it."
     unit, size = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= 2 * s or s == 1)
-    return f"{number(seconds / size)} {unit}"
+    return f"{seconds / size:.{int(seconds < 10 * size)}f} {unit}"
 
 # %% ../nbs/08_page.ipynb #8120cc7a
 def values(history: list[dict], name: str) -> list[float]: # Oldest first
@@ -137,9 +137,9 @@ def verdict(run: Run) -> str:
     if LENGTH in e: words.append(f"; the length of an answer {moved(*e[LENGTH])} tokens")
     return "".join(words) + "."
 
-# %% ../nbs/08_page.ipynb #9cb119a0
+# %% ../nbs/08_page.ipynb #95544efb
 COLORS = {"#2a6bb0": "#79b4f0", "#bf5b12": "#f0a05f", "#2b7f5c": "#6ccba0", "#8c4a9c": "#d09be0", "#8a6d10": "#d9bf62", "#a83246": "#ef8f9d"} # On light, on dark
-LINES = [(), (4, 2), (1, 1.5), (6, 2, 1, 2)] # On and off
+LINES = [(1, 0), (5, 1), (1.5, 1), (6, 1, 1, 1)] # On and off
 
 def color(i: int) -> str: return [*COLORS][i % len(COLORS)] # Of the i-th run
 def dashes(i: int) -> tuple[float, ...]: return LINES[i % len(LINES)] # Likewise
@@ -162,6 +162,7 @@ def inline(svg: str,  # As matplotlib writes it
         e.tag, old = e.tag.rpartition("}")[2], dict(e.attrib)
         e.attrib.clear()
         e.attrib.update({k: v for key, text in old.items() if (v := value(k := key.rpartition("}")[2], text)) is not None})
+    for part in [p for p in root if p.find("style") is not None]: root.remove(part)
     root.attrib = dict(viewBox=root.get("viewBox"), role="img") | {"aria-label": label}
     return Markup(ET.tostring(root, encoding="unicode"))
 
@@ -179,7 +180,7 @@ def picture(paint: Callable[[Axes], None], # Draws
         figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return inline(file.getvalue(), label, re.sub(r"\W+", "-", name))
 
-# %% ../nbs/08_page.ipynb #474aeba8
+# %% ../nbs/08_page.ipynb #e066c291
 MORE = {"answers that ended, share": ("", "eval/ended"), "entropy, nats per answer": ("objective/entropy", "eval/entropy"),
         "standard deviation of scores": ("objective/scores_std",), "clip fraction": ("policy/clipfrac_avg",),
         "explained variance": ("val/explained_variance",), "gradient norm": ("policy/grad_norm",), "value loss": ("loss/value_avg",),
@@ -201,14 +202,14 @@ def curve_panels(runs: list[Run]) -> dict[str, Markup]: # Title to picture
     "Every metric over PPO updates, runs one over the other."
     def paint(axis: Axes):
         for i, run in enumerate(runs):
-            draw(axis, run.history, of, color(i), "black" if len(runs) == 1 else color(i), (0, dashes(i) or (1, 0)))
+            draw(axis, run.history, of, color(i), "black" if len(runs) == 1 else color(i), (0, dashes(i)))
             if title == KL and run.settings.get("adap_kl_ctrl"): axis.axhline(run.settings["adap_kl_target"], color=color(i), lw=.8, ls=":")
     panels = {}
     for title, of in metrics(runs).items():
         panels[title] = picture(paint, f"{title} over PPO updates. " + "; ".join(told(r, of) for r in runs), f"curve-{title}")
     return panels
 
-# %% ../nbs/08_page.ipynb #2834a917
+# %% ../nbs/08_page.ipynb #7d50c239
 def pairs(history: list[dict], x: str, y: str, most: int = 200) -> np.ndarray: # step, x and y, (n, 3)
     "Two metrics of the same entries; of more than `most` entries, means of neighbours."
     rows = np.array([(e["step"], e[x], e[y]) for e in history if x in e and y in e]).reshape(-1, 3)
@@ -221,18 +222,19 @@ def kl_panels(runs: list[Run]) -> dict[str, Markup]: # Title to picture
             _, x, y = pairs(run.history, "objective/kl", training).T
             axis.scatter(x, y, s=10, color=color(i), alpha=np.linspace(.12, .6, len(x)), lw=0)
             steps, x, y = pairs(run.history, "eval/kl", validation).T
-            axis.plot(x, y, color=color(i), marker="o", ms=4, lw=1.2, ls=(0, dashes(i) or (1, 0)))
-            for j in {0, len(x) - 1} & {*range(len(x))}: axis.annotate(f"{steps[j]:.0f}", (x[j], y[j]), (0, -10), textcoords="offset points", ha="center")
+            axis.plot(x, y, color=color(i), marker="o", ms=4, lw=1.2, ls=(0, dashes(i)))
+            if len(runs) == 1:
+                for j in {0, len(x) - 1} & {*range(len(x))}: axis.annotate(f"{steps[j]:.0f}", (x[j], y[j]), (6, -9), textcoords="offset points")
         axis.set(xlabel=KL, ylabel=title)
     panels = {}
     for title, (training, validation) in ((k, PANELS[k]) for k in (SCORE, TRUE)):
         ends_of = [(r.name, p[[0, -1]]) for r in runs if len(p := pairs(r.history, "objective/kl", training))]
         if not ends_of: continue
         words = "; ".join(f"{name}: {number(a[2])} at {number(a[1])}, later {number(b[2])} at {number(b[1])}" for name, (a, b) in ends_of)
-        panels[title] = picture(paint, f"{title} against KL in training batches. {words}", f"kl-{title}", (4.4, 2.6))
+        panels[title] = picture(paint, f"{title} against KL in training batches. {words}", f"kl-{title}", (3.5, 2.3))
     return panels
 
-# %% ../nbs/08_page.ipynb #e5f0143d
+# %% ../nbs/08_page.ipynb #fbe02581
 REWARDS = {SCORE: "score", TRUE: "reward/true_reward"} # Columns of the answers
 
 def finite(x: pd.Series) -> np.ndarray:
@@ -254,20 +256,21 @@ def histograms(runs: list[Run]) -> dict[str, Markup]: # Caption to picture
                 axis.hist(after, edges, color=color(i), alpha=.6)
                 axis.set(ylim=(0, most * 1.05), xlabel=title, ylabel="answers")
             words = f"{f'{name}, ' * (len(runs) > 1)}{title}: mean {number(before.mean())} before, {number(after.mean())} after"
-            panels[words] = picture(paint, f"Histogram. {words}", f"histogram-{title}-{i}", (4.4, 2.2))
+            panels[words] = picture(paint, f"Histogram. {words}", f"histogram-{title}-{i}", (3.5, 1.9))
     return panels
 
-# %% ../nbs/08_page.ipynb #e9e3017a
+# %% ../nbs/08_page.ipynb #b2854bf5
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
 PIECE = re.compile(f"[{CJK}]|[^\\W{CJK}]+|\\s+|[^\\w\\s]")
 
 def marked(before: str, after: str) -> tuple[Markup, Markup]: # Escaped
     "Both texts: what is gone in <del>, what is new in <ins>."
     a, b = PIECE.findall(before), PIECE.findall(after)
+    codes = [(kind, "".join(a[i:j]), "".join(b[k:l])) for kind, i, j, k, l in SequenceMatcher(None, a, b, autojunk=False).get_opcodes()]
+    size = [0 if kind == "equal" else max(len(old), len(new)) for kind, old, new in codes]
     parts: list[tuple[bool, str, str]] = []
-    for kind, i, j, k, l in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        old, new = "".join(a[i:j]), "".join(b[k:l])
-        changed = kind != "equal" or not new.strip()
+    for n, (kind, old, new) in enumerate(codes):
+        changed = kind != "equal" or 0 < n < len(codes) - 1 and len(old) <= min(size[n - 1], size[n + 1])
         if parts and parts[-1][0] == changed: old, new = parts[-1][1] + old, parts.pop()[2] + new
         parts.append((changed, old, new))
     def html(tag: str, side: int) -> Markup:
@@ -347,7 +350,7 @@ def headline(runs: list[Run]) -> str:
     first = {title: next(i for i, (_, best) in enumerate(table[title]) if best) for title in (SCORE, TRUE) if title in table}
     return f"Of {len(runs)} runs, " + ", and ".join(f"{runs[i].name} ends with the highest {title}, {table[title][i][0]}" for title, i in first.items()) + "."
 
-# %% ../nbs/08_page.ipynb #df629e8f
+# %% ../nbs/08_page.ipynb #212a7a85
 CSS = """
 :root { color-scheme: light dark; --bg: #fbfaf8; --ink: #22211e; --soft: #67635b; --line: #dfdbd2; --card: #ffffff; --ins: #cfecd3; --del: #f7d7cf;
   {% for light in colors %}--c{{ loop.index0 }}: {{ light }}; {% endfor %}}
@@ -366,27 +369,27 @@ p { max-width: 44rem; margin: .5rem 0 1rem; }
 nav ul, .legend { list-style: none; padding: 0; margin: 0 0 1rem; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; }
 a { color: inherit; text-underline-offset: .2em; }
 .panels { display: grid; gap: 1.5rem 1.25rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
-.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
+.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; }
 figcaption { font-size: .875rem; margin-bottom: .25rem; }
-svg { display: block; width: 100%; height: auto; }
-svg text { fill: currentColor; }
-.legend svg { display: inline-block; width: 2rem; height: .8rem; }
+svg { display: block; width: 100%; height: auto; fill: currentColor; stroke-linejoin: round; }
+.legend svg { display: inline-block; width: 2rem; height: .75rem; margin-right: .25rem; }
 .swatch { display: inline-block; width: .75em; height: .75em; background: var(--c0); opacity: .6; }
-.swatch.before { background: currentColor; opacity: .25; }
 """
 
-# %% ../nbs/08_page.ipynb #1ed6ce08
+# %% ../nbs/08_page.ipynb #a64d5eac
 CSS_MORE = """
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; position: relative; }
 table { border-collapse: collapse; font-size: .9375rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { text-align: left; vertical-align: top; padding: .35rem 1.25rem .35rem 0; border-bottom: 1px solid var(--line); font-weight: 400; }
+th, td { text-align: left; vertical-align: baseline; padding: .35rem 1.25rem .35rem 0; border-bottom: 1px solid var(--line); font-weight: 400; }
 tbody th { color: inherit; }
 .n { text-align: right; white-space: nowrap; }
 .best { font-weight: 700; }
-.help { color: var(--soft); min-width: 14rem; }
+.help { color: var(--soft); }
+@media (max-width: 40rem) { table { font-size: .875rem; } th, td { padding-right: .75rem; } .help { white-space: nowrap; } }
 code { font: .875em ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
-.bar { display: flex; height: 1.5rem; margin: .25rem 0 .75rem; max-width: 44rem; }
+.times { width: 100%; max-width: 44rem; }
+.bar { display: flex; height: 1rem; }
 .bar span { min-width: 1px; background: var(--c0); }
 .hidden { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
 .later { margin-top: 1.5rem; }
@@ -397,8 +400,9 @@ code { font: .875em ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono",
 .pair { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 .pair h4 { font-size: .875rem; font-weight: 600; margin: 0 0 .25rem; color: var(--soft); }
 .numbers { font-size: .875rem; color: var(--soft); margin: 0; font-variant-numeric: tabular-nums; }
+ins, del, .bar, .swatch { print-color-adjust: exact; }
 ins, del { text-decoration-thickness: 1px; text-underline-offset: .2em; border-radius: .15em; padding: 0 .1em; }
-ins { background: var(--ins); text-decoration: none; }
+ins { background: var(--ins); }
 del { background: var(--del); }
 details { margin: 0 0 1rem; }
 summary { cursor: pointer; margin: 0 0 .5rem; }
@@ -420,17 +424,17 @@ MACROS = """
 {% macro fold(name, folded) %}{% if folded %}<details><summary>{{ name }}</summary>{{ caller() }}</details>{% else %}{{ caller() }}{% endif %}{% endmacro %}
 """
 
-# %% ../nbs/08_page.ipynb #a34416b5
+# %% ../nbs/08_page.ipynb #33fd56cb
 COMPARISON = """
 {% if runs|length > 1 %}<section id="comparison"><h2>Runs side by side</h2>
 <p>Score, KL and length as in the curves: of the last evaluation, or of the last tenth of the training batches. The best is bold.</p>
 {% set table = compared(runs) %}{% set differing = settings_of(runs)|selectattr("differs") %}
-<div class="scroll" tabindex="0"><table><thead><tr><th scope="col">run</th>{% for title in table %}<th scope="col" class="n">{{ title }}</th>{% endfor %}</tr></thead>
+<div class="scroll" tabindex="0" role="region" aria-label="Numbers of the runs"><table><thead><tr><th scope="col">run</th>{% for title in table %}<th scope="col" class="n">{{ title }}</th>{% endfor %}</tr></thead>
 <tbody>{% for run in runs %}{% set i = loop.index0 %}<tr><th scope="row">{{ run.name }}</th>
 {% for column in table.values() %}<td class="n{{ " best" if column[i][1] }}">{{ column[i][0] }}{% if column[i][1] %}<span class="hidden"> best</span>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 <h3 class="later">Settings that differ</h3>
-{% for s in differing %}{% if loop.first %}<div class="scroll" tabindex="0"><table><thead><tr><th scope="col">setting</th>{% for run in runs %}<th scope="col">{{ run.name }}</th>
+{% for s in differing %}{% if loop.first %}<div class="scroll" tabindex="0" role="region" aria-label="Settings"><table><thead><tr><th scope="col">setting</th>{% for run in runs %}<th scope="col">{{ run.name }}</th>
 {% endfor %}<th scope="col">default</th></tr></thead><tbody>{% endif %}
 <tr><th scope="row"><code>{{ s.name }}</code></th>{% for v in s.values %}<td>{{ v }}</td>{% endfor %}<td class="soft">{{ s.default }}</td></tr>
 {% if loop.last %}</tbody></table></div>{% endif %}{% else %}<p>None that is known.</p>{% endfor %}
@@ -448,18 +452,18 @@ DIAGNOSIS = """
 </section>{% endif %}
 """
 
-# %% ../nbs/08_page.ipynb #0d4ad7da
+# %% ../nbs/08_page.ipynb #cdbdf190
 CHARTS = """
 <section id="curves"><h2>Curves</h2>{{ m.legend(runs) }}
 <p>Over PPO updates. Lines: the answers that PPO learned from. Points: the validation prompts. Dotted: the KL that the coefficient is steered to.</p>
 {{ m.panels(curve_panels(runs)) }}</section>
 <section id="tradeoff"><h2>Reward against KL</h2>{{ m.legend(runs) }}
-<p>What each nat of KL bought. Small points: training batches, the later the darker. Joined points: evaluations, the first and the last with their update.
+<p>What each nat of KL bought. Small points: training batches, the later the darker. Joined points: evaluations, in their order.
 Where the true reward turns down while the score goes up, the reward model is being exploited.</p>
 {{ m.panels(kl_panels(runs), "wide") }}</section>
 """
 
-# %% ../nbs/08_page.ipynb #e42cddbc
+# %% ../nbs/08_page.ipynb #b91420c0
 ANSWERS = """
 {% set missing %}<p>There are no two evaluations of the same prompts. Validation prompts and <code>--do_eval</code> give them
 (<code>--validation_file_dir</code>, or <code>eval_dataset</code> in Python).</p>{% endset %}
@@ -471,27 +475,28 @@ ANSWERS = """
 <p class="numbers">{% for k, v in s.numbers[loop.index0].items() %}{{ k }} {{ v }}{{ " · " if not loop.last }}{% endfor %}</p></div>{% endfor %}
 </div></article>{% else %}{{ missing }}{% endfor %}{% endcall %}{% endfor %}</section>
 <section id="histograms"><h2>Rewards before and after</h2>
-<p>Of the answers to the validation prompts. <span class="swatch before"></span> before, <span class="swatch after"></span> after the run.</p>
+<p>Of the answers to the validation prompts. Grey: at the first evaluation. In colour: at the last.</p>
 {% set found = histograms(runs) %}{% if found %}{{ m.panels(found, "wide") }}{% else %}{{ missing }}{% endif %}</section>
 """
 
-# %% ../nbs/08_page.ipynb #7ddd1ffb
+# %% ../nbs/08_page.ipynb #24257d41
 TIME = """
-<section id="time"><h2>Time by phase</h2><p>Seconds per update, and the share of each phase. Evaluation and saving are not in it.</p>
-{% for run in runs %}{% set spent = phases(run.history) %}{% set total = spent.values()|sum %}{% if spent %}
-{% if runs|length > 1 %}<h3>{{ run.name }}</h3>{% endif %}
-<div class="bar" aria-hidden="true">{% for s in spent.values() %}<span style="flex: {{ s / total }}; opacity: {{ shade(loop.index0) }}"></span>{% endfor %}</div>
-<div class="scroll" tabindex="0"><table><thead><tr><th></th>{% for name in spent %}<th scope="col" class="n"><span class="swatch" style="opacity: {{ shade(loop.index0) }}"></span>
-{{ name }}</th>{% endfor %}<th scope="col" class="n">together</th></tr></thead><tbody>
-<tr><th scope="row">an update</th>{% for s in spent.values() %}<td class="n">{{ number(s / run.done) }} s</td>{% endfor %}<td class="n">{{ number(total / run.done) }} s</td></tr>
-<tr><th scope="row">share</th>{% for s in spent.values() %}<td class="n">{{ "%.0f"|format(100 * s / total) }} %</td>{% endfor %}<td class="n">100 %</td></tr>
-<tr><th scope="row">{{ run.done }} updates</th>{% for s in spent.values() %}<td class="n">{{ duration(s) }}</td>{% endfor %}<td class="n">{{ duration(total) }}</td></tr>
-</tbody></table></div>{% else %}<p>{{ run.name }}: the log has no times.</p>{% endif %}{% endfor %}</section>
+<section id="time"><h2>Time by phase</h2><p>Seconds of an update, and the share of each phase. Evaluation and saving are not in it.</p>
+{% for run in runs if phases(run.history) %}{% set spent = phases(run.history) %}{% set total = spent.values()|sum %}
+{% if loop.first %}<div class="scroll" tabindex="0" role="region" aria-label="Times"><table class="times"><thead><tr>
+{% if runs|length > 1 %}<th scope="col">run</th>{% endif %}{% for name in spent %}<th scope="col" class="n">
+<span class="swatch" style="opacity: {{ shade(loop.index0) }}"></span> {{ name }}</th>{% endfor %}<th scope="col" class="n">together</th><th scope="col" class="n">whole run</th></tr></thead>
+<tbody>{% endif %}
+<tr>{% if runs|length > 1 %}<th scope="row">{{ run.name }}</th>{% endif %}{% for s in spent.values() %}<td class="n">{{ number(s / run.done) }} s<br>
+<span class="soft">{{ "%.0f"|format(100 * s / total) }} %</span></td>{% endfor %}<td class="n">{{ number(total / run.done) }} s</td><td class="n">{{ duration(total) }}</td></tr>
+<tr aria-hidden="true"><td colspan="9"><div class="bar">{% for s in spent.values() %}<span style="flex: {{ s / total }}; opacity: {{ shade(loop.index0) }}"></span>
+{% endfor %}</div></td></tr>
+{% if loop.last %}</tbody></table></div>{% endif %}{% else %}<p>The log has no times.</p>{% endfor %}</section>
 """
 
-# %% ../nbs/08_page.ipynb #ac2803bb
+# %% ../nbs/08_page.ipynb #011d73fa
 SETTINGS = """
-{% macro table(rows) %}<div class="scroll" tabindex="0"><table><thead><tr><th scope="col">setting</th><th scope="col">value</th><th scope="col">default</th>
+{% macro table(rows) %}<div class="scroll" tabindex="0" role="region" aria-label="Settings"><table><thead><tr><th scope="col">setting</th><th scope="col">value</th><th scope="col">default</th>
 <th scope="col">what it is</th></tr></thead><tbody>{% for s in rows %}<tr><th scope="row"><code>{{ s.name }}</code></th><td>{{ s.values[0] }}</td><td class="soft">{{ s.default }}</td>
 <td class="help">{{ s.help }}</td></tr>{% endfor %}</tbody></table></div>{% endmacro %}
 <section id="settings"><h2>Settings</h2>
