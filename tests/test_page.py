@@ -104,4 +104,4 @@ def test_fits_and_can_be_read(page, width, dark):
 
 def test_a_hundred_updates_are_a_small_file(tmp_path):
     assert write_report([leave(tmp_path/"run", 0)], tmp_path/"report.html").stat().st_size < 500_000
-    assert write_report([leave(tmp_path/"long", 0, 5000)], tmp_path/"long.html").stat().st_size < 3_000_000
+    assert write_report([leave(tmp_path/"long", 0, 5000)], tmp_path/"long.html").stat().st_size < 1_000_000
