@@ -8,7 +8,8 @@ __all__ = ['COLUMNS', 'SCORE', 'TRUE', 'KL', 'LENGTH', 'COLORS', 'LINES', 'MORE'
            'PAGE', 'SECTIONS', 'TEMPLATES', 'Run', 'read_json', 'read_state', 'read_answers', 'read_run', 'number',
            'duration', 'values', 'ends', 'phases', 'moved', 'verdict', 'color', 'dashes', 'inline', 'picture',
            'metrics', 'told', 'curve_panels', 'pairs', 'kl_panels', 'finite', 'histograms', 'marked', 'Sample', 'gains',
-           'chosen', 'samples', 'Setting', 'setting_rows', 'compared', 'headline', 'as_text', 'page', 'write_report']
+           'chosen', 'samples', 'Setting', 'setting_rows', 'costs', 'compared', 'headline', 'as_text', 'page',
+           'write_report']
 
 # %% ../nbs/08_page.ipynb #aa592306
 import io
@@ -341,6 +342,14 @@ def setting_rows(runs: list[Run]) -> list[Setting]:
     told = lambda k: (known[k].default, known[k].metadata["help"]) if k in known else ("", "")
     return [Setting(k, [r.settings.get(k, "") for r in runs], *told(k)) for k in found]
 
+# %% ../nbs/08_page.ipynb #8d57bf01
+def costs(runs: list[Run]) -> list[dict[str, tuple[float, float, float]]]: # By phase: seconds of an update, share of it, share of the slowest run's
+    "What an update costs; empty for a run whose log has no times."
+    spent = [{k: s / r.done for k, s in phases(r.history).items()} for r in runs]
+    spent = [s and s | dict(together=sum(s.values())) for s in spent]
+    slowest = max((s["together"] for s in spent if s), default=0)
+    return [{k: (x, x / s["together"], x / slowest) for k, x in s.items()} for s in spent]
+
 # %% ../nbs/08_page.ipynb #09bb8fb3
 BEST = {SCORE: max, TRUE: max, "seconds": min}
 
@@ -362,7 +371,7 @@ def headline(runs: list[Run]) -> str:
             for n, (title, i) in enumerate(first.items())]
     return f"Of {len(runs)} runs, {', and '.join(said)}."
 
-# %% ../nbs/08_page.ipynb #5367530b
+# %% ../nbs/08_page.ipynb #9ca5f826
 CSS = """
 :root { color-scheme: light dark; --bg: #fbfaf8; --ink: #22211e; --soft: #67635b; --line: #dfdbd2; --card: #ffffff; --ins: #cfecd3; --del: #f7d7cf;
   {% for light in colors %}--c{{ loop.index0 }}: {{ light }}; {% endfor %}}
@@ -375,34 +384,33 @@ main { max-width: 74rem; margin: 0 auto; padding: 2rem 1rem 4rem; }
 h1 { font-size: 1rem; font-weight: 600; color: var(--soft); margin: 0; }
 h2 { font-size: 1.25rem; margin: 3rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 0 0 .5rem; }
-p { max-width: 44rem; margin: .5rem 0 1rem; }
+p { text-wrap: pretty; max-width: 44rem; margin: .5rem 0 1rem; }
 .verdict { font: 1.45rem/1.4 Charter, "Iowan Old Style", Georgia, "Liberation Serif", "Noto Serif CJK SC", serif; margin: .5rem 0 1rem; max-width: 52rem; }
 .soft, figcaption, th, nav { color: var(--soft); }
 nav ul, .legend { list-style: none; padding: 0; margin: 0 0 1rem; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; }
 a { color: inherit; text-underline-offset: .2em; }
-.panels { display: grid; gap: 1.5rem 1.25rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
+.panels { display: grid; align-items: end; gap: 1.5rem 1.25rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
 .wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; max-width: 34rem; }
 figcaption { font-size: .875rem; margin-bottom: .25rem; }
 svg { display: block; width: 100%; height: auto; fill: currentColor; stroke-linejoin: round; }
 .legend svg { display: inline-block; width: 2rem; height: .75rem; margin-right: .25rem; }
-.swatch { display: inline-block; width: .75em; height: .75em; background: var(--c0); opacity: .6; }
 """
 
-# %% ../nbs/08_page.ipynb #a64d5eac
+# %% ../nbs/08_page.ipynb #d16161c2
 CSS_MORE = """
 .scroll { overflow-x: auto; position: relative; }
 table { border-collapse: collapse; font-size: .9375rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { text-align: left; vertical-align: baseline; padding: .35rem 1.25rem .35rem 0; border-bottom: 1px solid var(--line); font-weight: 400; }
 tbody th { color: inherit; }
-.n { text-align: right; white-space: nowrap; }
-.best { font-weight: 700; }
+.numeric td, .numeric th + th { text-align: right; }
 .help { color: var(--soft); }
 @media (max-width: 40rem) { table { font-size: .875rem; } th, td { padding-right: .75rem; } .help { white-space: nowrap; } }
 code { font: .875em ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
 .times { width: 100%; max-width: 44rem; }
-.bar { display: flex; height: 1rem; }
-.bar span { min-width: 1px; background: var(--c0); }
+.times td, .times thead th + th { text-align: right; white-space: nowrap; }
+.times td:last-child { width: 60%; padding-right: 0; }
+.bar { height: .75rem; opacity: .75; }
 .hidden { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
 .later { margin-top: 1.5rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem 1.125rem; margin: 0 0 1rem; break-inside: avoid; }
@@ -411,118 +419,171 @@ code { font: .875em ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono",
 .prompt { color: var(--soft); }
 .pair { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 .pair h4 { font-size: .875rem; font-weight: 600; margin: 0 0 .25rem; color: var(--soft); }
-.numbers { font-size: .875rem; color: var(--soft); margin: 0; font-variant-numeric: tabular-nums; }
-ins, del, .bar, .swatch { print-color-adjust: exact; }
+.facts { font-size: .875rem; color: var(--soft); margin: 0; font-variant-numeric: tabular-nums; }
+ins, del, .bar { print-color-adjust: exact; }
 ins, del { text-decoration-thickness: 1px; text-underline-offset: .2em; border-radius: .15em; padding: 0 .1em; }
 ins { background: var(--ins); }
 del { background: var(--del); }
 details { margin: 0 0 1rem; }
 summary { cursor: pointer; margin: 0 0 .5rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; margin: 0; }
+dl { display: grid; grid-template-columns: 4.5rem 1fr; gap: .25rem 1rem; margin: 0; }
+dl.later + dl.later { margin-top: .25rem; }
 dt { color: var(--soft); }
 dd { margin: 0; }
 @media print { nav { display: none; } body { background: none; } details::details-content { content-visibility: visible; }
   .panels { grid-template-columns: repeat(3, 1fr); } .wide { grid-template-columns: repeat(2, 1fr); } figure { break-inside: avoid; } }
 """
 
-# %% ../nbs/08_page.ipynb #9b30948a
+# %% ../nbs/08_page.ipynb #92a844ec
 MACROS = """
-{% macro legend(runs) %}{% if runs|length > 1 %}<ul class="legend" aria-label="Runs">
-{% for run in runs %}<li>{{ swatch(loop.index0) }} {{ run.name }}</li>{% endfor %}</ul>{% endif %}{% endmacro %}
-{% macro swatch(i) %}<svg viewBox="0 0 32 12" aria-hidden="true"><line x1="0" y1="6" x2="32" y2="6" stroke-width="3" style="stroke: var(--c{{ i % colors|length }})"
- stroke-dasharray="{{ dashes(i)|join(' ') }}"/></svg>{% endmacro %}
-{% macro panels(found, kind="") %}<div class="panels {{ kind }}">
-{% for title, svg in found.items() %}<figure><figcaption>{{ title }}</figcaption>{{ svg }}</figure>{% endfor %}</div>{% endmacro %}
-{% macro fold(name, folded) %}{% if folded %}<details><summary>{{ name }}</summary>{{ caller() }}</details>{% else %}{{ caller() }}{% endif %}{% endmacro %}
+{% macro legend(runs) %}{% if runs|length > 1 %}
+<ul class="legend" aria-label="Runs">{% for run in runs %}
+  <li><svg viewBox="0 0 32 12" aria-hidden="true"><line x1="0" y1="6" x2="32" y2="6" stroke-width="3"
+    style="stroke: var(--c{{ loop.index0 % colors|length }})" stroke-dasharray="{{ dashes(loop.index0)|join(" ") }}"/></svg> {{ run.name }}</li>
+{% endfor %}</ul>
+{% endif %}{% endmacro %}
+
+{% macro panels(found, kind="") %}
+<div class="panels {{ kind }}">{% for title, svg in found.items() %}
+  <figure><figcaption>{{ title }}</figcaption>{{ svg }}</figure>
+{% endfor %}</div>
+{% endmacro %}
+
+{% macro table(label, heads, kind="") %}
+<div class="scroll" tabindex="0" role="region" aria-label="{{ label }}"><table class="{{ kind }}">
+  <thead><tr>{% for head in heads %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
+  <tbody>{{ caller() }}</tbody>
+</table></div>
+{% endmacro %}
+
+{% macro fold(name, folded) %}
+{% if folded %}<details><summary>{{ name }}</summary>{{ caller() }}</details>{% else %}{{ caller() }}{% endif %}
+{% endmacro %}
 """
 
-# %% ../nbs/08_page.ipynb #798f5bbe
+# %% ../nbs/08_page.ipynb #3450ba56
 COMPARISON = """
-{% if runs|length > 1 %}<section id="comparison"><h2>Runs side by side</h2>
-<p>Score, KL and length as in the curves: of the last evaluation, or of the last tenth of the training batches. The best is bold.</p>
-{% set table = compared(runs) %}{% set differing = setting_rows(runs)|selectattr("differs") %}
-<div class="scroll" tabindex="0" role="region" aria-label="Numbers of the runs"><table><thead><tr><th scope="col">run</th>{% for title in table %}<th scope="col" class="n">{{ title }}</th>{% endfor %}</tr></thead>
-<tbody>{% for run in runs %}{% set i = loop.index0 %}<tr><th scope="row">{{ run.name }}</th>
-{% for column in table.values() %}<td class="n{{ " best" if column[i][1] }}">{{ column[i][0] }}{% if column[i][1] %}<span class="hidden"> best</span>{% endif %}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
+{% if runs|length > 1 %}
+{% set columns = compared(runs) %}
+<section id="comparison"><h2>Runs side by side</h2>
+<p>Score, KL and length are those of the last evaluation or, where there are not two, of the last tenth of the training batches. The best is bold.</p>
+{% call m.table("Numbers of the runs", ["run"] + columns|list, "numeric") %}
+  {% for run in runs %}{% set i = loop.index0 %}
+  <tr><th scope="row">{{ run.name }}</th>{% for column in columns.values() %}
+    <td>{% if column[i][1] %}<b>{{ column[i][0] }}</b><span class="hidden"> best</span>{% else %}{{ column[i][0] }}{% endif %}</td>
+  {% endfor %}</tr>
+  {% endfor %}
+{% endcall %}
 <h3 class="later">Settings that differ</h3>
-{% for s in differing %}{% if loop.first %}<div class="scroll" tabindex="0" role="region" aria-label="Settings"><table><thead><tr><th scope="col">setting</th>{% for run in runs %}<th scope="col">{{ run.name }}</th>
-{% endfor %}<th scope="col">default</th></tr></thead><tbody>{% endif %}
-<tr><th scope="row"><code>{{ s.name }}</code></th>{% for v in s.values %}<td>{{ v }}</td>{% endfor %}<td class="soft">{{ s.default }}</td></tr>
-{% if loop.last %}</tbody></table></div>{% endif %}{% else %}<p>None that is known.</p>{% endfor %}
-</section>{% endif %}
+{% call m.table("Settings that differ", ["setting"] + runs|map(attribute="name")|list + ["default"]) %}
+  {% for s in setting_rows(runs)|selectattr("differs") %}
+  <tr><th scope="row"><code>{{ s.name }}</code></th>{% for v in s.values %}<td>{{ v }}</td>{% endfor %}<td class="soft">{{ s.default }}</td></tr>
+  {% else %}<tr><td colspan="9">None that is known.</td></tr>
+  {% endfor %}
+{% endcall %}
+</section>
+{% endif %}
 """
 
-# %% ../nbs/08_page.ipynb #c241ddb2
+# %% ../nbs/08_page.ipynb #fd6c3348
 DIAGNOSIS = """
-{% if findings %}<section id="diagnosis"><h2>Diagnosis</h2>
-{% for run in runs %}{% if runs|length > 1 %}<h3>{{ run.name }}</h3>{% endif %}
-{% for f in findings[loop.index0] %}<article class="card"><h3>{{ f.name }}{% if f.step is not none %} <span class="soft">at update {{ f.step }}</span>{% endif %}</h3>
-<dl><dt>Seen</dt><dd>{{ f.saw }}</dd><dt>Why</dt><dd>{{ f.why }}</dd><dt>Change</dt><dd>{{ f.change }}</dd></dl></article>
-{% else %}<p>Nothing found.</p>{% endfor %}{% endfor %}
+{% if findings %}
+<section id="diagnosis"><h2>Diagnosis</h2>
+{% for run in runs %}
+  {% if runs|length > 1 %}<h3>{{ run.name }}</h3>{% endif %}
+  {% for f in findings[loop.index0] %}
+  <article class="card"><h3>{{ f.name }}{% if f.step is not none %} <span class="soft">at update {{ f.step }}</span>{% endif %}</h3>
+    <dl><dt>Seen</dt><dd>{{ f.saw }}</dd><dt>Why</dt><dd>{{ f.why }}</dd><dt>Change</dt><dd>{{ f.change }}</dd></dl></article>
+  {% else %}<p>Nothing found.</p>
+  {% endfor %}
+{% endfor %}
 {% if checks %}<p class="soft">Looked for: {{ checks|join(", ") }}.</p>{% endif %}
-</section>{% endif %}
+</section>
+{% endif %}
 """
 
-# %% ../nbs/08_page.ipynb #144876bd
+# %% ../nbs/08_page.ipynb #c03bda8c
 CHARTS = """
-<section id="curves"><h2>Curves</h2>{{ m.legend(runs) }}
+<section id="curves"><h2>Curves</h2>
+{{ m.legend(runs) }}
 <p>Over PPO updates. Lines: the answers that PPO learned from. Points: the validation prompts.
 {% if runs|selectattr("settings.adap_kl_ctrl", "true")|list %}Dotted: the KL that the coefficient is steered to.{% endif %}</p>
-{{ m.panels(curve_panels(runs)) }}</section>
-<section id="tradeoff"><h2>Reward against KL</h2>{{ m.legend(runs) }}
+{{ m.panels(curve_panels(runs)) }}
+</section>
+
+<section id="tradeoff"><h2>Reward against KL</h2>
+{{ m.legend(runs) }}
 <p>What each nat of KL bought. Small points: training batches, the later the darker. Joined points: evaluations, in their order.
 Where the true reward turns down while the score goes up, the reward model is being exploited.</p>
-{{ m.panels(kl_panels(runs), "wide") }}</section>
+{{ m.panels(kl_panels(runs), "wide") }}
+</section>
 """
 
-# %% ../nbs/08_page.ipynb #2557751b
+# %% ../nbs/08_page.ipynb #48c473fc
 ANSWERS = """
 {% set missing %}<p>There are no two evaluations of the same prompts. Validation prompts and <code>--do_eval</code> give them
 (<code>--validation_file_dir</code>, or <code>eval_dataset</code> in Python).</p>{% endset %}
 <section id="samples"><h2>Answers before and after</h2>
 <p>Chosen by how the score of the answer changed from the first evaluation to the last. Marked: <del>gone</del>, <ins>new</ins>.</p>
 {% for run in runs %}{% call m.fold(run.name, runs|length > 1) %}
-{% for s in samples(run) %}<article class="card"><h3>{{ s.why }}</h3><p class="prompt" dir="auto">{{ s.prompt }}</p><div class="pair">
-{% for when in ("before", "after") %}<div><h4>{{ when }}</h4><p class="answer" dir="auto">{{ s.texts[loop.index0] }}</p>
-<p class="numbers">{{ s.facts[loop.index0]|join(" · ") }}</p></div>{% endfor %}
-</div></article>{% else %}{{ missing }}{% endfor %}{% endcall %}{% endfor %}</section>
+  {% for s in samples(run) %}
+  <article class="card"><h3>{{ s.why }}</h3><p class="prompt" dir="auto">{{ s.prompt }}</p>
+    <div class="pair">{% for when in ("before", "after") %}
+      <div><h4>{{ when }}</h4><p class="answer" dir="auto">{{ s.texts[loop.index0] }}</p><p class="facts">{{ s.facts[loop.index0]|join(" · ") }}</p></div>
+    {% endfor %}</div></article>
+  {% else %}{{ missing }}
+  {% endfor %}
+{% endcall %}{% endfor %}
+</section>
+
 <section id="histograms"><h2>Rewards before and after</h2>
 <p>Of the answers to the validation prompts. Grey: at the first evaluation. In colour: at the last.</p>
-{% set found = histograms(runs) %}{% if found %}{{ m.panels(found, "wide") }}{% else %}{{ missing }}{% endif %}</section>
+{% set found = histograms(runs) %}
+{% if found %}{{ m.panels(found, "wide") }}{% else %}{{ missing }}{% endif %}
+</section>
 """
 
-# %% ../nbs/08_page.ipynb #6a476c27
+# %% ../nbs/08_page.ipynb #98292d91
 TIME = """
-<section id="time"><h2>Time by phase</h2><p>Seconds of an update, and the share of each phase. Evaluation and saving are not in it.</p>
-{% for run in runs if phases(run.history) %}{% set spent = phases(run.history) %}{% set total = spent.values()|sum %}
-{% if loop.first %}<div class="scroll" tabindex="0" role="region" aria-label="Times"><table class="times"><thead><tr>
-{% if runs|length > 1 %}<th scope="col">run</th>{% endif %}{% for name in spent %}<th scope="col" class="n">
-<span class="swatch" style="opacity: {{ 0.75 * 0.5 ** loop.index0 }}"></span> {{ name }}</th>{% endfor %}<th scope="col" class="n">together</th><th scope="col" class="n">whole run</th></tr></thead>
-<tbody>{% endif %}
-<tr>{% if runs|length > 1 %}<th scope="row">{{ run.name }}</th>{% endif %}{% for s in spent.values() %}<td class="n">{{ number(s / run.done) }} s<br>
-<span class="soft">{{ "%.0f"|format(100 * s / total) }} %</span></td>{% endfor %}<td class="n">{{ number(total / run.done) }} s</td><td class="n">{{ duration(total) }}</td></tr>
-<tr aria-hidden="true"><td colspan="9"><div class="bar">{% for s in spent.values() %}<span style="flex: {{ s / total }}; opacity: {{ 0.75 * 0.5 ** loop.index0 }}"></span>
-{% endfor %}</div></td></tr>
-{% if loop.last %}</tbody></table></div>{% endif %}{% else %}<p>The log has no times.</p>{% endfor %}</section>
+<section id="time"><h2>Time by phase</h2>
+<p>Of an update, in the mean. Evaluation and saving are not in it.</p>
+{% call m.table("Time by phase", ["phase", "seconds", "share", ""], "times") %}
+  {% for by_phase in costs(runs) %}{% set i = loop.index0 %}{% set run = runs[i] %}
+  <tr><th colspan="4" scope="colgroup"><b>{{ run.name }}</b>{% if by_phase %}: {{ run.done }} updates in {{ duration(by_phase.together[0] * run.done) }}{% endif %}</th></tr>
+  {% for phase, (seconds, share, width) in by_phase.items() %}
+  <tr><th scope="row">{{ phase }}</th><td>{{ number(seconds) }}</td><td>{{ "%.0f"|format(100 * share) }} %</td>
+    <td><div class="bar" style="width: {{ 100 * width }}%; background: var(--c{{ i % colors|length }})"></div></td></tr>
+  {% else %}<tr><td colspan="4">The log has no times.</td></tr>
+  {% endfor %}
+  {% endfor %}
+{% endcall %}
+</section>
 """
 
-# %% ../nbs/08_page.ipynb #998fb38c
+# %% ../nbs/08_page.ipynb #807affa2
 SETTINGS = """
-{% macro table(rows) %}<div class="scroll" tabindex="0" role="region" aria-label="Settings"><table><thead><tr><th scope="col">setting</th><th scope="col">value</th><th scope="col">default</th>
-<th scope="col">what it is</th></tr></thead><tbody>{% for s in rows %}<tr><th scope="row"><code>{{ s.name }}</code></th><td>{{ s.values[0] }}</td><td class="soft">{{ s.default }}</td>
-<td class="help">{{ s.help }}</td></tr>{% endfor %}</tbody></table></div>{% endmacro %}
+{% macro listed(label, rows) %}{% call m.table(label, ["setting", "value", "default", "what it is"]) %}
+  {% for s in rows %}
+  <tr><th scope="row"><code>{{ s.name }}</code></th><td>{{ s.values[0] }}</td><td class="soft">{{ s.default }}</td><td class="help">{{ s.help }}</td></tr>
+  {% endfor %}
+{% endcall %}{% endmacro %}
 <section id="settings"><h2>Settings</h2>
-{% for run in runs %}{% call m.fold(run.name, runs|length > 1) %}{% set rows = setting_rows([run]) %}
-{% if rows %}<h3>Not the default</h3>{{ table(rows|selectattr("changed")) }}
-<details class="later"><summary>{{ rows|rejectattr("changed")|list|length }} settings at their default</summary>{{ table(rows|rejectattr("changed")) }}</details>
-{% else %}<p>Not known: the folder has no run.json.</p>{% endif %}
-{% for group, entries in run.about.items() if group != "settings" %}{% if loop.first %}<dl class="later">{% endif %}<dt>{{ group }}</dt>
-<dd>{% if entries is mapping %}{% for k, v in entries.items() %}{{ k }} {{ as_text(v) }}{{ ", " if not loop.last }}{% endfor %}{% else %}{{ as_text(entries) }}{% endif %}</dd>
-{% if loop.last %}</dl>{% endif %}{% endfor %}{% endcall %}{% endfor %}</section>
+{% for run in runs %}{% call m.fold(run.name, runs|length > 1) %}
+  {% set rows = setting_rows([run]) %}{% set default = rows|rejectattr("changed")|list %}
+  {% if rows %}
+  <h3>Not the default</h3>
+  {{ listed("Settings that are not the default", rows|selectattr("changed")) }}
+  <details class="later"><summary>{{ default|length }} settings at their default</summary>{{ listed("Settings at their default", default) }}</details>
+  {% else %}<p>Not known: the folder has no run.json.</p>
+  {% endif %}
+  {% for group, entries in run.about.items() if group != "settings" %}
+  <dl class="later"><dt>{{ group }}</dt><dd>{{ as_text(entries) }}</dd></dl>
+  {% endfor %}
+{% endcall %}{% endfor %}
+</section>
 """
 
-# %% ../nbs/08_page.ipynb #82f635d3
+# %% ../nbs/08_page.ipynb #907350b3
 PAGE = """<!doctype html>
 {% import "macros" as m %}{% set title = "PPO: " ~ runs|map(attribute="name")|join(", ") %}
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -541,6 +602,7 @@ TEMPLATES = {"page": PAGE, "macros": MACROS, "css": CSS, "css more": CSS_MORE, "
 
 def as_text(value: Any) -> str: # From run.json
     "As a person writes it."
+    if isinstance(value, dict): return ", ".join(f"{k} {as_text(v)}" for k, v in value.items())
     if isinstance(value, list): return ", ".join(map(as_text, value))
     return f"{value:,}" if type(value) is int else str(value)
 
@@ -552,8 +614,8 @@ def page(runs: list[Run],
     if len(findings) not in (0, len(runs)): raise ValueError(f"findings has {len(findings)} entries for {len(runs)} runs")
     shown = [(k, v) for k, v in SECTIONS.items() if (k != "diagnosis" or findings) and (k != "comparison" or len(runs) > 1)]
     env = Environment(loader=DictLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.globals |= dict(colors=COLORS, compared=compared, curve_panels=curve_panels, dashes=dashes, duration=duration, headline=headline,
-                        histograms=histograms, kl_panels=kl_panels, number=number, phases=phases, samples=samples, setting_rows=setting_rows, as_text=as_text)
+    env.globals |= dict(colors=COLORS, compared=compared, costs=costs, curve_panels=curve_panels, dashes=dashes, duration=duration, headline=headline,
+                        histograms=histograms, kl_panels=kl_panels, number=number, samples=samples, setting_rows=setting_rows, as_text=as_text)
     return env.get_template("page").render(runs=runs, findings=findings, checks=[*checks], sections=shown)
 
 # %% ../nbs/08_page.ipynb #bed69bbd
