@@ -502,7 +502,7 @@ DIAGNOSIS = """
 {% endif %}
 """
 
-# %% ../nbs/08_page.ipynb #c03bda8c
+# %% ../nbs/08_page.ipynb #492d1108
 CHARTS = """
 <section id="curves"><h2>Curves</h2>
 {{ m.legend(runs) }}
@@ -513,7 +513,7 @@ CHARTS = """
 
 <section id="tradeoff"><h2>Reward against KL</h2>
 {{ m.legend(runs) }}
-<p>What each nat of KL bought. Small points: training batches, the later the darker. Joined points: evaluations, in their order.
+<p>What each nat of KL bought. Small points: training batches, the later the stronger. Joined points: evaluations, in their order.
 Where the true reward turns down while the score goes up, the reward model is being exploited.</p>
 {{ m.panels(kl_panels(runs), "wide") }}
 </section>
@@ -583,7 +583,7 @@ SETTINGS = """
 </section>
 """
 
-# %% ../nbs/08_page.ipynb #907350b3
+# %% ../nbs/08_page.ipynb #6b5377e1
 PAGE = """<!doctype html>
 {% import "macros" as m %}{% set title = "PPO: " ~ runs|map(attribute="name")|join(", ") %}
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -602,7 +602,7 @@ TEMPLATES = {"page": PAGE, "macros": MACROS, "css": CSS, "css more": CSS_MORE, "
 
 def as_text(value: Any) -> str: # From run.json
     "As a person writes it."
-    if isinstance(value, dict): return ", ".join(f"{k} {as_text(v)}" for k, v in value.items())
+    if isinstance(value, dict): return "; ".join(f"{k.replace('_', ' ')} {as_text(v)}" for k, v in value.items())
     if isinstance(value, list): return ", ".join(map(as_text, value))
     return f"{value:,}" if type(value) is int else str(value)
 
