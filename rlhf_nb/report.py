@@ -30,11 +30,11 @@ from transformers import TrainerCallback, TrainerState
 
 # %% ../nbs/08_report.ipynb #e88f7479
 def plain(text: str, # What a model wrote
-          most: int = 200, # Characters
+          most: int | None = 200, # Characters; None: as many as there are
 ) -> str:
     "Text that is safe on a terminal."
     text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "·", text)
-    return text if len(text) <= most else text[:most] + "..."
+    return text if most is None or len(text) <= most else text[:most] + "..."
 
 def samples_table(title: str,
                   columns: dict[str, list], # Heading to one entry per row; floats are rounded
