@@ -24,6 +24,7 @@ project = html_title = settings["title"]
 author, copyright, release = settings["author"], settings["copyright"], settings["version"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.linkcode", "sphinx.ext.githubpages"]
 nb_execution_mode, nb_merge_streams = "off", True
+myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_html_meta = dict(description=settings["description"], author=author, keywords=settings["keywords"].replace(" ", ", "))
 default_role = "py:obj"
 add_module_names = False
@@ -39,7 +40,7 @@ html_theme_options = dict(
     dark_css_variables={"mystnb-source-border-color": "var(--color-background-border)"},
 )
 html_baseurl = settings["doc_host"] + settings["doc_baseurl"]
-html_static_path, html_css_files = ["static"], ["wide.css"]
+html_static_path, html_css_files = ["static"], ["site.css"]
 html_copy_source = False
 html_search_language = "zh"  # English words, and Chinese ones
 SearchChinese.language_name = "English"  # Its stemmer; Sphinx 9.0 asks the browser for a Chinese one (sphinx-doc/sphinx#14229)
