@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['answers_table', 'save_answers', 'discard_answers', 'as_markdown', 'log_answers', 'log_settings']
 
-# %% ../nbs/08_logs.ipynb #7ecbccdd
+# %% ../nbs/08_logs.ipynb #35e71fdb
 import importlib
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def answers_table(rollout: Rollout,
                              score=scores.total[:n].tolist(), **each, kl=kl[:n].tolist(), length=rollout.response_mask.sum(1)[:n].tolist(),
                              ended=rollout.ended[:n].tolist()))
 
-# %% ../nbs/08_logs.ipynb #fa7553ec
+# %% ../nbs/08_logs.ipynb #0154bc97
 def save_answers(table: pd.DataFrame, # From `answers_table`
                  output_dir: str | Path,
                  kind: str,           # "completions" or "eval"
@@ -44,8 +43,10 @@ def save_answers(table: pd.DataFrame, # From `answers_table`
     path = Path(output_dir)/"completions"/f"{kind}_{table.step[0]:05d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
-    table.to_parquet(aside, index=False)
-    os.replace(aside, path)
+    try:
+        table.to_parquet(aside, index=False)
+        aside.replace(path)
+    finally: aside.unlink(missing_ok=True)
 
 def discard_answers(output_dir: str | Path):
     "Delete the answers of an earlier run."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'PANELS', 'SHOWN', 'plain', 'samples_table', 'summarise', 'summary_table', 'Chart', 'curves', 'newest',
-           'View', 'Lines', 'sparkline', 'Block', 'answers_view', 'Page', 'answers_html', 'Notebook', 'make_view']
+           'View', 'Lines', 'sparkline', 'Block', 'shown', 'Page', 'answers_html', 'Notebook', 'make_view']
 
-# %% ../nbs/08_report.ipynb #771d8d2a
+# %% ../nbs/08_report.ipynb #4a5f7b3e
 import base64
 import html
 import io
@@ -25,10 +25,10 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerState
 
-# %% ../nbs/08_report.ipynb #e88f7479
+# %% ../nbs/08_report.ipynb #2dd6cc4a
 def plain(text: str, # What a model wrote
           most: int | None = 200, # Characters; None: as many as there are
 ) -> str:
@@ -152,7 +152,7 @@ def sparkline(values: list[float], # Finite
     low, high = min(cells, default=0.), max(cells, default=0.)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (x - low) / (high - low)) if high > low else 0] for x in cells)
 
-# %% ../nbs/08_report.ipynb #aa23b2ba
+# %% ../nbs/08_report.ipynb #7858ba06
 class Block(View):
     "A live block in a terminal."
     def __init__(self, answers: Callable[[], pd.DataFrame | None], console: Console):
@@ -178,18 +178,17 @@ class Block(View):
         lines = Table.grid(padding=(0, 2))
         for name, value in newest(self.state.log_history).items():
             past = [e[k] for e in self.state.log_history for k in SHOWN[name] if k in e]
-            lines.add_row(name, sparkline(past), f"{value:.3g}" + f" (target {self.target:g})" * (name == "KL" and bool(self.target)))
+            lines.add_row(name, sparkline(past), f"{value:.3g}" + (f" (target {self.target:g})" if self.target and name == "KL" else ""))
         answers = self.answers()
-        return Group(bar, lines, *([] if answers is None else [answers_view(answers)]))
+        return Group(bar, lines, *([] if answers is None else [samples_table(f"Answers of update {answers.step.iloc[0]}", shown(answers))]))
 
-# %% ../nbs/08_report.ipynb #a85e7400
-def answers_view(answers: pd.DataFrame) -> Table: # From `logs.answers_table`
-    "The newest answers, for a terminal."
-    columns = {"prompt": "prompt", "answer": "completion", "score": "score", "KL": "kl", "tokens": "length"}
-    if "reward/true_reward" in answers: columns["true"] = "reward/true_reward"
-    return samples_table(f"Answers of update {answers.step.iloc[0]}", {name: answers[column].tolist() for name, column in columns.items()})
+# %% ../nbs/08_report.ipynb #e883a3a3
+def shown(answers: pd.DataFrame) -> dict[str, list]: # From `logs.answers_table`; by heading
+    "What is shown of the newest answers."
+    columns = {"prompt": "prompt", "answer": "completion", "score": "score", "true": "reward/true_reward", "KL": "kl", "tokens": "length"}
+    return {name: answers[column].tolist() for name, column in columns.items() if column in answers}
 
-# %% ../nbs/08_report.ipynb #477d210c
+# %% ../nbs/08_report.ipynb #ea2dc68f
 class Page:
     "A picture of the run, for a notebook; as text, a line."
     def __init__(self, view: View): self.view = view
@@ -206,8 +205,9 @@ class Page:
 
 def answers_html(answers: pd.DataFrame) -> str: # From `logs.answers_table`
     "The newest answers, for a notebook."
-    shown = answers.drop(columns="step").map(lambda x: plain(x, 400) if isinstance(x, str) else x)
-    return shown.to_html(index=False, border=0, float_format="{:.2f}".format, justify="left")
+    table = pd.DataFrame(shown(answers)).map(lambda x: plain(x, 400) if isinstance(x, str) else x)
+    left = [dict(selector="th, td", props="text-align: left; vertical-align: top")]
+    return table.style.hide(axis="index").format(precision=2, escape="html").set_table_styles(left).to_html()
 
 class Notebook(View):
     "A page that is replaced in place."

@@ -227,7 +227,7 @@ def not_finite(rollout: Rollout, scores: Scores) -> str | None: # None: all is
             "values": keep(rollout.values, mask)}
     return next((name for name, x in seen.items() if not x.isfinite().all()), None)
 
-# %% ../nbs/06_trainer.ipynb #dcb3da73
+# %% ../nbs/06_trainer.ipynb #141ac618
 class Parts:
     "Models, rewards, optimiser and leash of a run."
     def __init__(self,
@@ -271,7 +271,7 @@ class Parts:
         self.newest: dict[str, pd.DataFrame] = {}
         self.spread: dict[str, Tensor] = {}
         self.ratios: list[Tensor] = []
-        self.view = make_view(lambda: self.newest.get("completions"), quiet=args.disable_tqdm or not self.accelerator.is_main_process)
+        self.view = make_view(self.samples, quiet=args.disable_tqdm or not self.accelerator.is_main_process)
         doctor = [Doctor()] if self.accelerator.is_main_process else []
         self.handler = CallbackHandler([Schedule, self.view, *doctor, *(callbacks or [])], self.policy, self.processing_class, self.optimizer, self.lr_scheduler)
 
@@ -326,7 +326,7 @@ def smaller(size: int,  # Answers at once
     logger.warning("Out of memory with %d answers at a time: %d from now on; %s saves the attempt", size, size // 2, saves)
     return size // 2
 
-# %% ../nbs/06_trainer.ipynb #5e6c76de
+# %% ../nbs/06_trainer.ipynb #947beb78
 class Update(Parts):
     "From experience to new weights."
     def update(self,
@@ -431,6 +431,10 @@ class Update(Parts):
             kl = kl_penalty(keep(out.logprobs, mask), keep(mb.ref_logprobs, mask), args.kl_estimator)
             loss = loss + self.kl_ctl.value * masked_mean(kl, mask)
         return loss, stats
+
+    def samples(self) -> pd.DataFrame | None: # None: none yet
+        "Some of the newest answers."
+        return self.newest["completions"].head(self.args.num_completions_to_print) if "completions" in self.newest else None
 
     @property
     def due(self) -> bool:
@@ -735,7 +739,7 @@ class Files(Verbs):
         for old in (Path(self.args.output_dir)/"trl").rglob("events.out.tfevents.*"): old.unlink()
         discard_answers(self.args.output_dir)
 
-# %% ../nbs/06_trainer.ipynb #5f27afdd
+# %% ../nbs/06_trainer.ipynb #6f56c200
 class Watched(Files):
     "Timed, logged, evaluated."
     def timed_step(self, rows: list[dict]) -> dict[str, float]: # Metrics
@@ -792,9 +796,10 @@ class Watched(Files):
     def log_answers(self, kind: str, spread: dict[str, Tensor]): # completions or eval; how numbers are spread
         "To files and trackers: what is new since the last time."
         if kind not in self.newest or self.newest[kind].step[0] != self.state.global_step: return
-        save_answers(self.newest[kind], self.args.output_dir, kind)
-        shown = self.newest[kind].head(self.args.num_completions_to_print)
-        for tracker in self.accelerator.trackers: log_answers(tracker, kind, shown, spread, self.state.global_step)
+        try: save_answers(self.newest[kind], self.args.output_dir, kind)
+        except OSError as e: logger.warning("The answers of update %d are not kept: %s", self.state.global_step, e)
+        some = self.newest[kind].head(self.args.num_completions_to_print)
+        for tracker in self.accelerator.trackers: log_answers(tracker, kind, some, spread, self.state.global_step)
 
 # %% ../nbs/06_trainer.ipynb #176247c9
 class Signals:
