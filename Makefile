@@ -3,7 +3,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PEER = runs/peer
 
-.PHONY: demo test test-slow bench notebooks readme clean
+.PHONY: demo test test-slow bench docs notebooks readme clean
 
 demo: $(READY)
 	$(BIN)/rlhf-nb demo $(ARGS)
@@ -25,6 +25,17 @@ $(PEER)/.ready: bench/peer.txt
 	$(PEER)/bin/python -m pip install -q -r bench/peer.txt
 	touch $@
 
+docs: $(VENV)/.docs
+	rm -rf runs/docs
+	$(BIN)/python docs/pages.py runs/docs/pages
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d runs/docs/doctrees runs/docs/pages runs/docs/html
+	rm -rf _docs
+	mv runs/docs/html _docs
+
+$(VENV)/.docs: $(READY) docs/requirements.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -r docs/requirements.txt
+	touch $@
+
 notebooks: $(READY)
 	$(BIN)/python tests/notebooks.py $(ARGS)
 
@@ -38,4 +49,4 @@ $(READY): settings.ini setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info outputs*
+	rm -rf $(VENV) build dist _docs *.egg-info outputs*

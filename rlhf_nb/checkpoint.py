@@ -68,7 +68,7 @@ def set_random_states(states: dict[str, Any], generator: torch.Generator):
     if states["cuda"]: torch.cuda.set_rng_state_all(states["cuda"])
     generator.set_state(states["generator"])
 
-# %% ../nbs/07_checkpoint.ipynb #aa519559
+# %% ../nbs/07_checkpoint.ipynb #e8787b16
 STATE, MANIFEST = "training_state", "manifest.json"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 
@@ -127,11 +127,9 @@ def write_checkpoint(path: str | Path,               # Ends as a folder of this 
     except (OSError, SafetensorError) as e:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"{path} could not be written ({e}); earlier checkpoints are as they were") from e
-    old = path.with_name(f"tmp-old-{path.name}")
-    if path.exists(): path.rename(old)
+    if path.exists(): discard(path)
     aside.rename(path)
     flush(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 def read_state(path: str | Path) -> Any: # A checkpoint folder
     "The state that `write_checkpoint` was given; `ValueError` if the checkpoint is not whole."

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Positive', 'NonNeg', 'Unit', 'Finite', 'Percent', 'setting', 'complaint', 'validate',
-           'SamplingSettings', 'RewardSettings', 'KLSettings', 'PPOSettings', 'RunSettings', 'PPOConfig',
+           'SamplingSettings', 'RewardSettings', 'KLSettings', 'PPOSettings', 'RunSettings', 'HubSettings', 'PPOConfig',
            'ModelArguments', 'DataArguments', 'MergeArguments']
 
-# %% ../nbs/00_config.ipynb #801ebfa6
+# %% ../nbs/00_config.ipynb #d4ca67fe
 import types
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from transformers import SchedulerType
 
 # %% ../nbs/00_config.ipynb #efe0bd77
 def setting(default: Any, # Value when the user says nothing
@@ -104,7 +103,7 @@ class KLSettings:
     early_stopping: bool = setting(False, "End an update when the policy has moved too far within it")
     target_kl: Positive = setting(0.1, "Early stopping: an update ends at 1.5 times this, in nats per token")
 
-# %% ../nbs/00_config.ipynb #a54c1e48
+# %% ../nbs/00_config.ipynb #ccd45f37
 @dataclass
 class PPOSettings:
     "The objective (Schulman et al. 2017) and its optimiser."
@@ -125,7 +124,8 @@ class PPOSettings:
     ptx_coef: NonNeg = setting(0.0, "Weight of the supervised loss on the data set's answers (PPO-ptx)")
     whiten_rewards: bool = setting(False, "Scale token rewards to variance 1 before GAE")
     learning_rate: NonNeg = setting(1.5e-5, "Peak learning rate of AdamW")
-    lr_scheduler_type: str = setting("constant", "Schedule by transformers' name: constant, linear, cosine, ...")
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup", "inverse_sqrt"] = setting(
+        "constant", "Schedule, by transformers' name")
     warmup_steps: NonNeg = setting(0, "Updates of warm-up; below 1: a share of max_steps")
     weight_decay: NonNeg = setting(0.0, "Weight decay of AdamW")
     adam_beta1: Unit = setting(0.9, "AdamW: decay of the mean")
@@ -136,7 +136,7 @@ class PPOSettings:
         "adamw_torch", "8bit: states of a byte per weight, with bitsandbytes; paged: they may move to main memory")
     gradient_checkpointing: bool = setting(False, "Compute activations again in the backward pass instead of keeping them")
 
-# %% ../nbs/00_config.ipynb #c6ae884e
+# %% ../nbs/00_config.ipynb #6ee1a52a
 @dataclass
 class RunSettings:
     "Steps, files and logs."
@@ -153,14 +153,25 @@ class RunSettings:
     max_skipped_updates: Count = setting(3, "Updates in a row that are skipped, a number being not finite, before the run stops")
     logging_steps: Count = setting(1, "Updates between log entries")
     log_with: Literal["tensorboard", "wandb", "trackio", "none"] = setting("tensorboard", "Where metrics go")
-    disable_tqdm: bool = setting(False, "No progress bar")
+    log_completions: bool = setting(True, "At every log entry keep the answers, under output_dir/completions and in the tracker")
+    num_completions_to_print: Count = setting(3, "Answers to show while the run goes on, and in the tracker")
+    disable_tqdm: bool = setting(False, "Show nothing while the run goes on: no bar, chart or answers")
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Type of the matrix products, and of weights that are not trained")
     seed: Whole = setting(0, "Order of prompts, sampling, initial weights")
 
-# %% ../nbs/00_config.ipynb #1d0090a7
+# %% ../nbs/00_config.ipynb #901f7748
 @dataclass
-class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSettings):
+class HubSettings:
+    "Whether the result goes to the Hugging Face hub; the token is that of `hf auth login` or of the variable HF_TOKEN."
+    push_to_hub: bool = setting(False, "Upload adapter, tokenizer and model card at the end")
+    hub_model_id: str | None = setting(None, "Repository, as name or owner/name; default: the name of output_dir")
+    hub_private_repo: bool | None = setting(None, "Make a new repository private; default: as the owner has it")
+    hub_strategy: Literal["end", "every_save"] = setting("end", "every_save: upload at every checkpoint, too")
+
+# %% ../nbs/00_config.ipynb #26246a18
+@dataclass
+class PPOConfig(HubSettings, RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSettings):
     "Every setting that the trainer reads."
     def __post_init__(self):
         if isinstance(self.resume_from_checkpoint, bool): self.resume_from_checkpoint = "True" if self.resume_from_checkpoint else None
@@ -178,7 +189,6 @@ class PPOConfig(RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSe
              f"dual_clip={self.dual_clip} must lie above 1 + cliprange"),
             (self.critic_warmup_steps >= self.max_steps,
              f"critic_warmup_steps={self.critic_warmup_steps} leaves the policy none of the {self.max_steps} updates"),
-            (self.lr_scheduler_type not in [*SchedulerType], f"lr_scheduler_type={self.lr_scheduler_type} is none of {', '.join(SchedulerType)}"),
             (self.vf_coef == 0 and (self.critic == "adapter" or self.critic_warmup_steps > 0), "vf_coef=0: the critic would never learn"),
             (self.eval_steps and not self.do_eval, f"eval_steps={self.eval_steps} needs do_eval"),
             (not 0 <= self.adam_beta2 < 1 or not 0 <= self.adam_beta1 < 1, "adam_beta1 and adam_beta2 must be below 1"),

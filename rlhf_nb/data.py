@@ -6,7 +6,7 @@
 __all__ = ['logger', 'SUFFIXES', 'ROLES', 'HEADER', 'find_files', 'BadRow', 'parse_json', 'read_text', 'read_rows', 'need',
            'writable', 'from_alpaca', 'from_turns', 'normalise', 'alpaca_prompt', 'with_system', 'chat_prompt',
            'encode_prompt', 'longest_prefix', 'fit', 'fit_text', 'prepare', 'NoPrompts', 'good_rows', 'unique',
-           'to_dataset', 'load_split', 'file_rows', 'hub_rows', 'load_prompts']
+           'to_dataset', 'preparer', 'load_split', 'file_rows', 'hub_rows', 'load_prompts']
 
 # %% ../nbs/01_data.ipynb #06ff8ca4
 import csv
@@ -281,6 +281,21 @@ def to_dataset(rows: list[dict],  # Prepared rows, perhaps with different column
     except (TypeError, ValueError, OverflowError) as e: raise ValueError(f"A column mixes types: {str(e).splitlines()[0]}") from None
     return data.shuffle(seed=seed)
 
+def preparer(template: str,                             # "alpaca", "chat", or a text with {} where the user's words go
+             system: str | None,                        # System message for conversations without one
+             tokenizer: PreTrainedTokenizerBase | None, # The policy's
+             max_length: int | None,                    # Longest prompt, in tokens
+) -> Callable[[Any, str], dict]:                        # A row and its place to the prepared row
+    "How rows become prompts."
+    length = (lambda text: len(encode_prompt(text, tokenizer))) if tokenizer else None
+    chat = lambda messages: chat_prompt(messages, tokenizer)
+    own = lambda messages: template.replace("{}", "\n\n".join(m["content"] for m in messages if m["role"] != "system"))
+    render = dict(alpaca=alpaca_prompt, chat=chat).get(template, own)
+    def ready(row: Any, where: str) -> dict:
+        is_chat = isinstance(row, dict) and isinstance(row.get("prompt"), list)
+        return prepare(row, where, chat if is_chat else render, length, max_length, system)
+    return ready
+
 def load_split(rows: Iterator[tuple[str, Any]],              # Places and rows
                args: DataArguments,
                tokenizer: PreTrainedTokenizerBase | None,    # The policy's
@@ -288,12 +303,7 @@ def load_split(rows: Iterator[tuple[str, Any]],              # Places and rows
                seed: int,
 ) -> Dataset:
     "Read, prepare, drop duplicates, shuffle; say what was dropped."
-    length = (lambda text: len(encode_prompt(text, tokenizer))) if tokenizer else None
-    chat = lambda messages: chat_prompt(messages, tokenizer)
-    def ready(row: Any, where: str) -> dict:
-        is_chat = args.prompt_template == "chat" or isinstance(row, dict) and isinstance(row.get("prompt"), list)
-        return prepare(row, where, chat if is_chat else alpaca_prompt, length, max_length, args.system_prompt)
-    done, bad = good_rows(rows, args.on_bad_row, ready)
+    done, bad = good_rows(rows, args.on_bad_row, preparer(args.prompt_template, args.system_prompt, tokenizer, max_length))
     kept = unique(done)
     cut = sum(row.pop("_cut") for row in kept)
     logger.info("%d prompts; dropped: %d duplicates, %d bad rows; shortened to %s tokens: %d",

@@ -8,8 +8,8 @@ __all__ = ['logger', 'CHUNK', 'BLOCK', 'CRITIC', 'REFERENCE', 'VALUE_HEAD', 'Sam
            'SdpaBloomAttention', 'packs', 'FusedBloomMLP', 'FusedLora', 'modernise', 'PolicyOutput', 'unwrapped',
            'takes_position_ids', 'positions', 'use_adapter', 'ActorCritic', 'freeze_copy_of_adapter', 'Policy',
            'lora_targets', 'run_device', 'has_bf16', 'resolve_dtype', 'check_decoder', 'quantization', 'load_lm',
-           'lora_config', 'load_adapter_weights', 'load_value_head', 'load_policy', 'load_tokenizer',
-           'prepare_tokenizer', 'end_tokens', 'save_policy', 'load_weights', 'merge_adapter']
+           'lora_config', 'load_adapter_weights', 'with_adapter', 'load_value_head', 'load_policy', 'load_tokenizer',
+           'prepare_tokenizer', 'end_tokens', 'check_model', 'loading', 'save_policy', 'load_weights', 'merge_adapter']
 
 # %% ../nbs/02_models.ipynb #90013fe3
 import inspect
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from peft import (LoraConfig, PeftModel, get_peft_model, get_peft_model_state_di
                   prepare_model_for_kbit_training, set_peft_model_state_dict)
 from peft.tuners.lora import Linear as LoraLinear
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -523,6 +525,14 @@ def load_adapter_weights(lm: PeftModel, path: str | Path, name: str): # A folder
     "Take over an adapter's weights."
     set_peft_model_state_dict(lm, load_peft_weights(str(path), device="cpu"), adapter_name=name)
 
+def with_adapter(lm: PreTrainedModel,
+                 path: str,                  # Folder or hub name of an adapter
+                 is_trainable: bool = False,
+) -> PeftModel:
+    "The model with a saved adapter; `ValueError` if it belongs to another one."
+    try: return PeftModel.from_pretrained(lm, path, is_trainable=is_trainable)
+    except RuntimeError as e: raise ValueError(f"{path} is no adapter of {lm.config._name_or_path}: {str(e).splitlines()[-1].strip()}") from e
+
 def load_value_head(policy: Policy, path: str | Path | None): # A folder that may hold one
     "Take over the value head saved in `path`."
     if path and (file := Path(path)/VALUE_HEAD).exists(): policy.value_head.load_state_dict(load_file(file))
@@ -533,9 +543,7 @@ def load_policy(args: ModelArguments,
 ) -> Policy:
     "Policy and reference, as the settings ask."
     lm = load_lm(args, dtype if args.use_peft else torch.float32, device)
-    if args.peft_path:
-        try: lm = PeftModel.from_pretrained(lm, args.peft_path, is_trainable=True)
-        except RuntimeError as e: raise ValueError(f"peft_path={args.peft_path} is no adapter of {args.model_name_or_path}: {str(e).splitlines()[-1].strip()}") from e
+    if args.peft_path: lm = with_adapter(lm, args.peft_path, is_trainable=True)
     elif args.use_peft: lm = get_peft_model(lm, lora_config(lm, args))
     policy = Policy(lm, trained_adapter=bool(args.peft_path))
     policy.source = args.peft_path or args.model_name_or_path
@@ -563,6 +571,22 @@ def end_tokens(lm: PreTrainedModel | PeftModel, tok: PreTrainedTokenizerBase) ->
     more = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
     more = [] if more is None else [more] if isinstance(more, int) else more
     return tuple(dict.fromkeys([tok.eos_token_id, *more]))
+
+# %% ../nbs/02_models.ipynb #79c2e368
+def check_model(flag: str, name: str | None): # Setting, and the hub name or folder it was given
+    "`ValueError` if nothing was given, or a folder that is not there; what may be a hub name passes."
+    if not name: raise ValueError(f"--{flag} is missing")
+    if not Path(name).exists() and (name[0] in "./~" or name.count("/") > 1): raise ValueError(f"{flag}={name}: no such folder")
+
+# %% ../nbs/02_models.ipynb #1b43f8d0
+@contextmanager
+def loading(flag: str, name: str): # Setting, and the hub name or folder it was given
+    "Errors inside name the setting."
+    try: yield
+    except (OSError, SafetensorError, ValueError) as e:
+        if type(e) is ValueError and name in str(e): raise
+        raise ValueError(f"{flag}={name} cannot be loaded: {str(e).strip().splitlines()[0]}") from e
+    except UnpicklingError as e: raise ValueError(f"{flag}={name} is refused: its weights are a pickle with more than weights in it, which would run code") from e
 
 # %% ../nbs/02_models.ipynb #47523062
 def save_policy(policy: Policy, path: str | Path): # A folder, made if need be

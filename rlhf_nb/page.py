@@ -9,9 +9,9 @@ __all__ = ['COLUMNS', 'SCORE', 'TRUE', 'KL', 'LENGTH', 'COLORS', 'LINES', 'MORE'
            'duration', 'values', 'ends', 'phases', 'moved', 'verdict', 'color', 'dashes', 'inline', 'picture',
            'metrics', 'told', 'curve_panels', 'pairs', 'kl_panels', 'finite', 'histograms', 'marked', 'Sample', 'gains',
            'chosen', 'samples', 'Setting', 'setting_rows', 'costs', 'compared', 'headline', 'as_text', 'page',
-           'write_report']
+           'findings_of', 'write_report']
 
-# %% ../nbs/08_page.ipynb #aa592306
+# %% ../nbs/08_page.ipynb #fb634b34
 import io
 import json
 import os
@@ -33,6 +33,7 @@ from matplotlib.axes import Axes
 
 from .checkpoint import checkpoints
 from .config import PPOConfig
+from .diagnosis import RULES, Finding, diagnose
 from .report import PANELS, Chart, draw, plain
 from .trainer import PATHS
 
@@ -184,7 +185,7 @@ def picture(paint: Callable[[Axes], None], # Draws
         figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return inline(file.getvalue(), label, re.sub(r"\W+", "-", name))
 
-# %% ../nbs/08_page.ipynb #e066c291
+# %% ../nbs/08_page.ipynb #ae6668e3
 MORE = {"answers that ended, share": ("", "eval/ended"), "entropy, nats per answer": ("objective/entropy", "eval/entropy"),
         "standard deviation of scores": ("objective/scores_std",), "clip fraction": ("policy/clipfrac_avg",),
         "explained variance": ("val/explained_variance",), "gradient norm": ("policy/grad_norm",), "value loss": ("loss/value_avg",),
@@ -206,8 +207,8 @@ def curve_panels(runs: list[Run]) -> dict[str, Markup]: # Title to picture
     "Every metric over PPO updates, runs one over the other."
     def paint(axis: Axes):
         for i, run in enumerate(runs):
-            draw(axis, run.history, of, color(i), "black" if len(runs) == 1 else color(i), (0, dashes(i)))
-            if title == KL and run.settings.get("adap_kl_ctrl"): axis.axhline(run.settings["adap_kl_target"], color=color(i), lw=.8, ls=":")
+            target = run.settings["adap_kl_target"] if title == KL and run.settings.get("adap_kl_ctrl") else None
+            draw(axis, run.history, of, target, color(i), "black" if len(runs) == 1 else color(i), (0, dashes(i)))
     panels = {}
     for title, of in metrics(runs).items():
         panels[title] = picture(paint, f"{title} over PPO updates. " + "; ".join(told(r, of) for r in runs), f"curve-{title}")
@@ -485,21 +486,19 @@ COMPARISON = """
 {% endif %}
 """
 
-# %% ../nbs/08_page.ipynb #fd6c3348
+# %% ../nbs/08_page.ipynb #dd5d5759
 DIAGNOSIS = """
-{% if findings %}
 <section id="diagnosis"><h2>Diagnosis</h2>
 {% for run in runs %}
   {% if runs|length > 1 %}<h3>{{ run.name }}</h3>{% endif %}
-  {% for f in findings[loop.index0] %}
-  <article class="card"><h3>{{ f.name }}{% if f.step is not none %} <span class="soft">at update {{ f.step }}</span>{% endif %}</h3>
-    <dl><dt>Seen</dt><dd>{{ f.saw }}</dd><dt>Why</dt><dd>{{ f.why }}</dd><dt>Change</dt><dd>{{ f.change }}</dd></dl></article>
-  {% else %}<p>Nothing found.</p>
+  {% for f in findings[loop.index0] or [] %}
+  <article class="card"><h3>{{ f.name }} <span class="soft">from update {{ f.step }}</span></h3>
+    <dl><dt>Seen</dt><dd>{{ f.saw }}</dd><dt>Why</dt><dd>{{ f.why }}</dd><dt>Try</dt><dd>{{ f.change }}</dd></dl></article>
+  {% else %}<p>{% if findings[loop.index0] is none %}None: the folder has no run.json, and what is wrong depends on the settings.{% else %}Nothing found.{% endif %}</p>
   {% endfor %}
 {% endfor %}
-{% if checks %}<p class="soft">Looked for: {{ checks|join(", ") }}.</p>{% endif %}
+<p class="soft">Looked for: {{ rules|map(attribute="name")|join(", ") }}.</p>
 </section>
-{% endif %}
 """
 
 # %% ../nbs/08_page.ipynb #492d1108
@@ -583,7 +582,7 @@ SETTINGS = """
 </section>
 """
 
-# %% ../nbs/08_page.ipynb #6b5377e1
+# %% ../nbs/08_page.ipynb #689e2c85
 PAGE = """<!doctype html>
 {% import "macros" as m %}{% set title = "PPO: " ~ runs|map(attribute="name")|join(", ") %}
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -607,29 +606,30 @@ def as_text(value: Any) -> str: # From run.json
     return f"{value:,}" if type(value) is int else str(value)
 
 def page(runs: list[Run],
-         findings: list[list],        # For each run what a diagnosis found: name, saw, why, change, step; empty: none was made
-         checks: Iterable[str] = (),  # What it looked for
-) -> str:                             # HTML
+         findings: list[list[Finding] | None], # What a diagnosis of each run found; None: it could not be made
+) -> str:                                      # HTML
     "The page of one run, or of several compared."
-    if len(findings) not in (0, len(runs)): raise ValueError(f"findings has {len(findings)} entries for {len(runs)} runs")
-    shown = [(k, v) for k, v in SECTIONS.items() if (k != "diagnosis" or findings) and (k != "comparison" or len(runs) > 1)]
+    if len(findings) != len(runs): raise ValueError(f"findings has {len(findings)} entries for {len(runs)} runs")
+    shown = [(k, v) for k, v in SECTIONS.items() if k != "comparison" or len(runs) > 1]
     env = Environment(loader=DictLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env.globals |= dict(colors=COLORS, compared=compared, costs=costs, curve_panels=curve_panels, dashes=dashes, duration=duration, headline=headline,
                         histograms=histograms, kl_panels=kl_panels, number=number, samples=samples, setting_rows=setting_rows, as_text=as_text)
-    return env.get_template("page").render(runs=runs, findings=findings, checks=[*checks], sections=shown)
+    return env.get_template("page").render(runs=runs, findings=findings, rules=RULES, sections=shown)
 
-# %% ../nbs/08_page.ipynb #bed69bbd
+# %% ../nbs/08_page.ipynb #43814e94
+def findings_of(run: Run) -> list[Finding] | None: # None: its settings are not known
+    "The diagnosis; a setting that the run does not know is at its default."
+    return diagnose(run.history, vars(PPOConfig()) | run.settings) if run.settings else None
+
 def write_report(output_dirs: list[str | Path], # Folders of runs
                  to: str | Path,                # The file; its folder is made
-                 diagnose: Callable[[list[dict], dict], list] | None = None, # History and settings to findings; None: no diagnosis
-                 checks: Iterable[str] = (),    # What it looks for
 ) -> Path:
     "Read the runs and write their page; `ValueError` for a folder without one."
     folders, to = [Path(d).resolve() for d in output_dirs], Path(to)
     if twice := next((d for d in folders if folders.count(d) > 1), None): raise ValueError(f"{twice} is named twice")
     common = Path(os.path.commonpath([d.parent for d in folders]))
     runs = [read_run(d)._replace(name=d.relative_to(common).as_posix()) for d in folders]
-    html = page(runs, [diagnose(r.history, r.settings) for r in runs] if diagnose else [], checks)
+    html = page(runs, [*map(findings_of, runs)])
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text(html, encoding="utf-8")
     return to

@@ -7,16 +7,16 @@ __all__ = ['logger', 'as_messages', 'as_text', 'encode_pair', 'model_max_length'
            'strided', 'pick_label', 'RewardModel', 'show', 'is_number', 'check_scores', 'Late', 'concurrently',
            'in_parts', 'call_reward', 'call_plainly', 'culprit', 'Scores', 'Rewards', 'load_reward_model']
 
-# %% ../nbs/03_rewards.ipynb #94d75650
+# %% ../nbs/03_rewards.ipynb #e8f84b1a
 import asyncio
 import inspect
 import logging
 import math
 import numbers
-import queue
 import threading
-import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,7 +106,7 @@ def strided(model: PreTrainedModel) -> PreTrainedModel: # The same, its DeBERTa 
     for m in model.modules(): m.__class__ = StridedAttention if type(m) is DisentangledSelfAttention else m.__class__
     return model
 
-# %% ../nbs/03_rewards.ipynb #fcb559f5
+# %% ../nbs/03_rewards.ipynb #bc5a7cb6
 def pick_label(config, label: str | None) -> int: # Index into the model's outputs
     "Which output is the score; `ValueError` where that is not clear."
     if config.num_labels == 1: return 0
@@ -143,14 +143,15 @@ class RewardModel:
         scores: dict[tuple[int, ...], float] = {}
         while len(scores) < len(once):
             ids, batch = zip(*once[len(scores):len(scores) + self.batch_size])
-            try: found = self.model(**self.tokenizer.pad(list(batch), return_tensors="pt").to(self.model.device)).logits
-            except RuntimeError as e:
-                if not should_reduce_batch_size(e) or self.batch_size == 1: raise
-                self.batch_size //= 2
-                clear_device_cache(garbage_collection=True)
-                logger.warning("Out of memory in %s: reward_batch_size=%d from now on", self.__name__, self.batch_size)
+            try:
+                found = self.model(**self.tokenizer.pad(list(batch), return_tensors="pt").to(self.model.device)).logits
+                scores |= zip(ids, found[:, self.label].float().tolist())
                 continue
-            scores |= zip(ids, found[:, self.label].float().tolist())
+            except RuntimeError as e:
+                if not should_reduce_batch_size(e) or len(batch) == 1: raise
+            self.batch_size = len(batch) // 2
+            clear_device_cache(garbage_collection=True)
+            logger.warning("Out of memory in %s: reward_batch_size=%d from now on", self.__name__, self.batch_size)
         return [scores[ids] for ids in same]
 
 # %% ../nbs/03_rewards.ipynb #57038994
@@ -183,7 +184,7 @@ def check_scores(scores: Any,    # What a function returned
     known = lambda x: math.inf if math.isnan(x) else float(x)
     return [math.nan if s is None else [*map(known, s)] if isinstance(s, list) else known(s) for s in scores]
 
-# %% ../nbs/03_rewards.ipynb #e9c07eb9
+# %% ../nbs/03_rewards.ipynb #6d76b885
 class Late(Exception):
     "No answer in time."
 
@@ -191,19 +192,13 @@ def concurrently(calls: list[Callable[[], Any]], # Each without arguments
                  timeout: float | None = None,   # Seconds for all of them; None: no limit
 ) -> list:                                       # Of each its value, or the exception that it raised, or a `Late`
     "Call all at once, each in a thread that the program does not wait for."
-    done: queue.SimpleQueue = queue.SimpleQueue()
-    def run(i: int):
-        try: done.put((i, calls[i]()))
-        except BaseException as e: done.put((i, e))
-    for i in range(len(calls)): threading.Thread(target=run, args=(i,), daemon=True).start()
-    end = None if timeout is None else time.monotonic() + timeout
-    found: list = [Late()] * len(calls)
-    try:
-        for _ in calls:
-            i, value = done.get(timeout=None if end is None else max(0., end - time.monotonic()))
-            found[i] = value
-    except queue.Empty: pass
-    return found
+    futures: list[Future] = [Future() for _ in calls]
+    def run(future: Future, call: Callable):
+        try: future.set_result(call())
+        except BaseException as e: future.set_exception(e)
+    for pair in zip(futures, calls): threading.Thread(target=run, args=pair, daemon=True).start()
+    in_time, _ = wait(futures, timeout)
+    return [(f.exception() or f.result()) if f in in_time else Late() for f in futures]
 
 def in_parts(batch: dict[str, Any], # Lists with a value per prompt, and what belongs to no prompt
              parts: int,
@@ -214,7 +209,7 @@ def in_parts(batch: dict[str, Any], # Lists with a value per prompt, and what be
     split = lambda v, a, b: v[a:b] if isinstance(v, list) and len(v) == n else v
     return [{k: split(v, a, b) for k, v in batch.items()} for a, b in zip(cuts, cuts[1:]) if a < b]
 
-# %% ../nbs/03_rewards.ipynb #41d2a5e2
+# %% ../nbs/03_rewards.ipynb #72c8de71
 def call_reward(func: Callable,
                 name: str,
                 prompts: list,
@@ -227,13 +222,12 @@ def call_reward(func: Callable,
     batch = dict(prompts=prompts, completions=completions, **columns, **extra)
     awaited = inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))
     call = lambda part: asyncio.run(func(**part)) if awaited else func(**part)
-    parts, threads = in_parts(batch, workers), awaited or timeout is not None or workers > 1
-    found = concurrently([lambda part=part: call(part) for part in parts], timeout) if threads else [call_plainly(call, batch)]
-    again = (lambda one: concurrently([lambda: call(one)], timeout)[0]) if threads else (lambda one: call_plainly(call, one))
-    scores: list[float] = []
-    for part, value in zip(parts, found):
+    threads = awaited or timeout is not None or workers > 1
+    ask = lambda parts: concurrently([partial(call, p) for p in parts], timeout) if threads else [call_plainly(call, p) for p in parts]
+    parts, scores = in_parts(batch, workers), []
+    for part, value in zip(parts, ask(parts)):
         if isinstance(value, Late): raise ValueError(f"Reward {name} took more than {timeout:g} s for {len(part['prompts'])} prompts, the first of them {show(part['prompts'][0])}")
-        if isinstance(value, BaseException): raise ValueError(culprit(again, name, part, value)) from value
+        if isinstance(value, BaseException): raise ValueError(culprit(ask, name, part, value)) from value
         scores += check_scores(value, name, part["prompts"], [len(ids) for ids in part["completion_ids"]] if "completion_ids" in part else None)
     return scores
 
@@ -242,10 +236,10 @@ def call_plainly(call: Callable, batch: dict[str, Any]) -> Any: # Its value, or 
     try: return call(batch)
     except Exception as e: return e
 
-def culprit(again: Callable, name: str, batch: dict[str, Any], e: BaseException) -> str: # For an error message
+def culprit(ask: Callable, name: str, batch: dict[str, Any], e: BaseException) -> str: # For an error message
     "Which prompt a function fails on."
     for one in in_parts(batch, len(batch["prompts"])):
-        if isinstance(e1 := again(one), Late): break
+        if isinstance(e1 := ask([one])[0], Late): break
         if isinstance(e1, BaseException):
             return f"Reward {name} failed on the prompt {show(one['prompts'][0])}: {type(e1).__name__}: {e1}"
     return f"Reward {name} failed on {len(batch['prompts'])} prompts, the first of them {show(batch['prompts'][0])}: {type(e).__name__}: {e}"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BYTES', 'draw', 'sample_tokens', 'for_few_rows', 'merged_weight', 'ready_to_write', 'as_int8', 'for_few_rows_int8',
-           'RoomyLayer', 'roomy_cache', 'generate', 'Rollout', 'pad_rows', 'decode', 'stopper', 'rollout']
+           'RoomyLayer', 'roomy_cache', 'generate', 'Rollout', 'pad_rows', 'padded', 'decode', 'stopper', 'write',
+           'rollout']
 
 # %% ../nbs/04_rollout.ipynb #4dec7f5e
 from collections.abc import Callable, Iterator
@@ -213,6 +214,12 @@ def pad_rows(rows: list[Tensor],  # 1-D tensors of any lengths
     "One tensor from rows of several lengths."
     return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
+def padded(queries: list[Tensor],  # Prompts, 1-D
+           pad_id: int,
+) -> tuple[Tensor, Tensor]:        # Ids and mask, (B, P) each
+    "Prompts as a batch."
+    return pad_rows(queries, "left", pad_id), pad_rows([torch.ones_like(q) for q in queries], "left")
+
 def decode(ids: Tensor,                        # One answer's tokens, (T,)
            tokenizer: PreTrainedTokenizerBase,
            eos_token_ids: tuple[int, ...],
@@ -234,6 +241,26 @@ def stopper(tokenizer: PreTrainedTokenizerBase,
         return torch.tensor([any(s in text for s in stop_strings) for text in texts], device=ids.device)
     return stop
 
+# %% ../nbs/04_rollout.ipynb #b6c1b774
+@torch.no_grad()
+def write(policy: Policy,
+          queries: list[Tensor],            # Prompts, 1-D
+          sampling: Sampling,
+          max_length: int,                  # Longest answer, in tokens
+          pad_id: int,
+          uniforms: Tensor | None,          # One draw per prompt and position, (N, max_length); None: the likeliest token
+          batch_size: int | None = None,    # Prompts answered at once; None: all
+          stop: Callable[[Tensor], Tensor] | None = None, # As in `generate`
+          int8: bool = False,               # With int8 weights
+) -> Iterator[tuple[list[int], tuple[Tensor, Tensor], tuple[Tensor, ...]]]: # Which prompts, their batch, and what `generate` says
+    "Answer prompts, those of like length together."
+    order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
+    chunks = [order[i:i + (batch_size or len(order))] for i in range(0, len(order), batch_size or len(order))]
+    with ready_to_write(unwrapped(policy.lm), len(chunks[0]), int8):
+        for chunk in chunks:
+            asked = padded([queries[i] for i in chunk], pad_id)
+            yield chunk, asked, generate(policy, *asked, sampling, max_length, pad_id, None if uniforms is None else uniforms[chunk], stop)
+
 # %% ../nbs/04_rollout.ipynb #6b75e5a7
 @torch.no_grad()
 def rollout(policy: Policy,
@@ -254,22 +281,16 @@ def rollout(policy: Policy,
     device, pad = policy.value_head.weight.device, tokenizer.pad_token_id
     queries = [torch.tensor(encode_prompt(row["prompt"], tokenizer, max_source_length), device=device) for row in rows]
     uniforms = None if generator is None else torch.rand(world, len(rows), max_target_length, generator=generator)[rank].to(device)
-    order = sorted(range(len(rows)), key=lambda i: len(queries[i]))
     stop = stopper(tokenizer, stop_strings) if stop_strings else None
-    chunks = [order[i:i + (batch_size or len(order))] for i in range(0, len(order), batch_size or len(order))]
-    padded = lambda rows: (pad_rows(rows, "left", pad), pad_rows([torch.ones_like(q) for q in rows], "left"))
-    asked = [padded([queries[i] for i in chunk]) for chunk in chunks]
-    draws = lambda chunk: None if uniforms is None else uniforms[chunk]
-    with autocast(), ready_to_write(unwrapped(policy.lm), len(chunks[0]), int8):
-        written = [generate(policy, *q, sampling, max_target_length, pad, draws(chunk), stop) for chunk, q in zip(chunks, asked)]
+    with autocast(): written = [*write(policy, queries, sampling, max_target_length, pad, uniforms, batch_size, stop, int8)]
     parts: dict[int, tuple[Tensor, ...]] = {}
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    for chunk, q, (r, rm, drawn, ended[chunk]) in zip(chunks, asked, written):
+    for chunk, q, (r, rm, drawn, ended[chunk]) in written:
         with autocast():
             now = policy(*q, r, rm, sampling, entropy=True)
             with policy.as_reference(): ref = policy(*q, r, rm, sampling, values=False).logprobs
         for i, *row in zip(chunk, r, rm, now.logprobs, drawn, ref, now.values, now.entropy): parts[i] = tuple(x[row[1] > 0] for x in row)
     ids, *rest = (list(x) for x in zip(*(parts[i] for i in range(len(rows)))))
     return Rollout(rows, [row["prompt"] for row in rows], [decode(x, tokenizer, sampling.eos_token_ids, stop_strings) for x in ids],
-                   *padded(queries), pad_rows(ids, "right", pad),
+                   *padded(queries, pad), pad_rows(ids, "right", pad),
                    *(pad_rows(x, "right") for x in rest), ended)

@@ -1,5 +1,6 @@
 "The program, as a user runs it."
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,9 +27,9 @@ METRICS = {"objective/kl", "objective/scores", "objective/entropy", "objective/n
            "val/num_eos_tokens", "lr", "episode"}
 
 
-def rlhf_nb(*flags, status=0):
-    "Run the installed program in a process of its own; its output."
-    run = subprocess.run([Path(sys.executable).parent/"rlhf-nb", *map(str, flags)], capture_output=True, text=True, timeout=500)
+def rlhf_nb(*flags, status=0, **env):
+    "Run the installed program in a process of its own, with further variables; its output."
+    run = subprocess.run([Path(sys.executable).parent/"rlhf-nb", *map(str, flags)], capture_output=True, text=True, timeout=500, env=os.environ | env)
     assert run.returncode == status, run.stdout + run.stderr
     return run.stdout + run.stderr
 

@@ -295,9 +295,10 @@ def test_14_what_is_logged_is_what_is_true(lengths, seed, kind, coef):
     logprobs, ref, entropy, drawn, mask = ragged(lengths, seed, 4)
     torch.manual_seed(seed)
     scores, ended = torch.randn(len(lengths)), torch.rand(len(lengths)) < .5
-    out = type("Answers", (), dict(response_mask=mask, logprobs=logprobs, sampling_logprobs=drawn, ref_logprobs=ref, entropy=entropy, ended=ended))
+    ids = torch.randint(3, mask.shape)
+    out = type("Answers", (), dict(response_ids=ids, response_mask=mask, logprobs=logprobs, sampling_logprobs=drawn, ref_logprobs=ref, entropy=entropy, ended=ended))
     got = rollout_stats(out, Scores(scores, {"a": scores, "b": torch.full_like(scores, math.nan).index_fill(0, torch.tensor([0]), 2.)}), coef, kind)
-    mean = lambda xs: sum(xs) / len(xs)
+    mean, pairs = lambda xs: sum(xs) / len(xs), [pair for row in rows_of(ids, mask) for pair in zip(row, row[1:])]
     gaps = [[a - b for a, b in zip(*rows)] for rows in zip(rows_of(logprobs, mask), rows_of(ref, mask))]
     moved = [abs(a - b) for rows in zip(rows_of(logprobs, mask), rows_of(drawn, mask)) for a, b in zip(*rows)]
     cost = dict(k1=lambda d: d, abs=abs, k2=lambda d: d * d / 2, k3=lambda d: math.exp(-d) - 1 + d)[kind]
@@ -305,5 +306,5 @@ def test_14_what_is_logged_is_what_is_true(lengths, seed, kind, coef):
             "objective/non_score_reward": -coef * mean([sum(map(cost, row)) for row in gaps]),
             "objective/entropy": mean([sum(row) for row in rows_of(entropy, mask)]), "policy/entropy_avg": mean(sum(rows_of(entropy, mask), [])),
             "val/num_eos_tokens": sum(ended.tolist()), "tokens/responses": mean(lengths), "rewards/a": mean(scores.tolist()), "rewards/b": 2.,
-            "sampling/sampling_logp_difference/mean": mean(moved)}
+            "sampling/sampling_logp_difference/mean": mean(moved)} | ({"tokens/distinct_2": len({*pairs}) / len(pairs)} if pairs else {})
     assert all(math.isclose(got[k], v, rel_tol=1e-5, abs_tol=1e-6) for k, v in want.items()), {k: (got[k], v) for k, v in want.items()}

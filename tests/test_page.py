@@ -26,7 +26,7 @@ def leave(folder: Path, seed: int, updates: int = 100) -> Path:
     "What a run leaves in its folder, with numbers drawn by chance."
     rng = np.random.default_rng(seed)
     names = ["objective/scores", "objective/kl", "objective/entropy", "objective/scores_std", "objective/kl_coef", "rewards/true_reward", "rewards/other",
-             "policy/clipfrac_avg", "policy/grad_norm", "loss/value_avg", "val/explained_variance", "tokens/responses", "lr", "time/rollout", "time/score", "time/step"]
+             "policy/clipfrac_avg", "policy/grad_norm", "loss/value_avg", "val/explained_variance", "tokens/responses", "lr", "episode", "time/rollout", "time/score", "time/step"]
     entry = lambda names, step: dict(zip(names, rng.random(len(names)).tolist()), step=step)
     evals = [f"eval/{k}" for k in ("scores", "kl", "entropy", "responses", "ended", "rewards/true_reward", "rewards/other")]
     history = [entry(evals, 0), *(entry(names, i) for i in range(1, updates + 1)), entry(evals, updates)]
@@ -75,7 +75,7 @@ def measured(page: Path, width: int = 1300, dark: bool = False) -> dict:
 @pytest.fixture(scope="module", params=[1, 3], ids=["one run", "three runs"])
 def page(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    return write_report([leave(folder/f"run{'-with-a-long-name' * i}", i) for i in range(request.param)], folder/"report.html", lambda *_: [], ["a collapse"])
+    return write_report([leave(folder/f"run{'-with-a-long-name' * i}", i) for i in range(request.param)], folder/"report.html")
 
 
 def test_opens_without_errors_and_changes_nothing(page):
