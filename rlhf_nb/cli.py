@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'DEMO', 'COMMANDS', 'Parser', 'train_parser', 'make_trainer', 'announce', 'stop_if_told', 'train',
-           'DemoArguments', 'as_flags', 'demo_settings', 'answers_to', 'demo', 'merge', 'quiet_libraries', 'main']
+           'DemoArguments', 'as_flags', 'demo_settings', 'answers_to', 'demo', 'chat', 'eval_', 'merge',
+           'quiet_libraries', 'main']
 
 # %% ../nbs/10_cli.ipynb #e0e9fcf2
 import argparse
@@ -30,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 from . import __version__
+from .chat import ChatArguments, EvalArguments, evaluate, save_rows, scores_table, talk
 from .checkpoint import check_output_dir
 from .config import DataArguments, MergeArguments, ModelArguments, PPOConfig, setting
 from .data import find_files, load_prompts
@@ -64,7 +66,7 @@ class Parser(TrlParser):
         "The nearest flag, if one is near."
         known = [f.name for c in self.dataclass_types for f in fields(c)]
         near = get_close_matches(name.lstrip("-").split("=")[0].replace("-", "_"), known, n=1)
-        return f"; did you mean --{near[0]}?" if near else "; rlhf-nb train --help lists all"
+        return f"; did you mean --{near[0]}?" if near else f"; {self.prog} --help lists all"
 
 def train_parser(prog: str = "rlhf-nb train") -> Parser:
     "Everything that a run can be told."
@@ -183,6 +185,28 @@ def demo(argv: list[str]) -> PPOTrainer:
     print(f"Picture: {out/'curves.png'}\nNumbers: {out/'summary.json'}\nCurves:  tensorboard --logdir {out}/trl")
     return trainer
 
+# %% ../nbs/10_cli.ipynb #8f34b989
+def chat(argv: list[str]):
+    "Ask the base model and the tuned one, side by side."
+    parser = Parser(ChatArguments, prog="rlhf-nb chat", allow_abbrev=False, description="Ask the base model and the tuned one, side by side.")
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="output_dir of a run, or a checkpoint")
+    args, words = parser.read(argv)
+    announce(args.trust_remote_code)
+    talk(words.output_dir, args)
+
+def eval_(argv: list[str]):
+    "Score one model's answers, or compare two."
+    parser = Parser(EvalArguments, prog="rlhf-nb eval", allow_abbrev=False, description="Score one model's answers, or compare two.")
+    parser.add_argument("model", metavar="MODEL", help="Hub name, model folder, or an output_dir or checkpoint with an adapter")
+    parser.add_argument("other", metavar="OTHER", nargs="?", help="A model to compare it with")
+    args, words = parser.read(argv)
+    announce(args.trust_remote_code)
+    rows = evaluate(words.model, words.other, args)
+    Console().print(scores_table(rows))
+    if args.output_file:
+        save_rows(rows, args.output_file)
+        logger.info("Saved to %s", args.output_file)
+
 # %% ../nbs/10_cli.ipynb #0e592296
 def merge(argv: list[str]):
     "Write the base model with the adapter merged into its weights."
@@ -199,7 +223,7 @@ def merge(argv: list[str]):
     logger.info("Saved to %s", args.output_dir)
 
 # %% ../nbs/10_cli.ipynb #f6347519
-COMMANDS = dict(train=train, demo=demo, merge=merge)
+COMMANDS = dict(train=train, demo=demo, chat=chat, eval=eval_, merge=merge)
 
 def quiet_libraries():
     "Our own lines, without the loading bars of others."
