@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['logger', 'TRAINING', 'MERGE', 'NARROW', 'LEVEL', 'run_settings', 'as_trained', 'AnswerArguments', 'settled', 'Answer',
-           'Writer', 'certain', 'side_by_side', 'Tail', 'ChatArguments', 'find_pair', 'questions', 'answer_live',
-           'manner', 'talk', 'Interval', 'mean_interval', 'share_interval', 'win_rate', 'EvalArguments',
+           'Writer', 'certain', 'side_by_side', 'Tail', 'ChatArguments', 'find_pair', 'at_terminal', 'questions',
+           'answer_live', 'manner', 'talk', 'Interval', 'mean_interval', 'share_interval', 'win_rate', 'EvalArguments',
            'check_output_file', 'answer_prompts', 'evaluate', 'scores_table', 'save_rows']
 
-# %% ../nbs/10_chat.ipynb #32cccc09
+# %% ../nbs/10_chat.ipynb #54fd35bb
 import json
 import logging
 import math
@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .checkpoint import differences, flush
 from .config import Count, DataArguments, MergeArguments, ModelArguments, NonNeg, PPOConfig, Whole, setting, validate
-from .data import encode_prompt, load_prompts, parse_json, preparer, read_text
+from .data import encode_prompt, find_files, load_prompts, parse_json, preparer, read_text
 from .models import ActorCritic, Policy, Sampling, check_model, end_tokens, load_lm, load_tokenizer, loading, resolve_dtype, run_device, with_adapter
 from .report import plain
 from .rewards import load_reward_model, show
@@ -46,12 +46,11 @@ from .trainer import check_lengths
 # %% ../nbs/10_chat.ipynb #e32cabf2
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/10_chat.ipynb #f11a94ea
+# %% ../nbs/10_chat.ipynb #ad6f0c0b
 def run_settings(path: str | Path, # An output_dir, a checkpoint, or anything else
 ) -> dict[str, Any]:               # By name; `policy` is the base model. Empty: it is no run's
     "What the run in `path` was told."
-    path = Path(path)
-    file = (path.parent if path.name.startswith("checkpoint-") else path)/"run.json"
+    file = Path(path)/"run.json"
     if not file.is_file(): return {}
     run = parse_json(read_text(file), str(file))
     return {name: value for part in ("settings", "data", "model") for name, value in run.get(part, {}).items()}
@@ -207,10 +206,14 @@ def find_pair(output_dir: str,       # Of a run, or a checkpoint
     check_model("base_model_name_or_path", base)
     return dict(base=(Writer(base, args, output_dir), nullcontext), tuned=(Writer(output_dir, args), nullcontext))
 
-# %% ../nbs/10_chat.ipynb #52f1dcff
+# %% ../nbs/10_chat.ipynb #2af03337
+def at_terminal(console: Console) -> bool:
+    "Does someone sit at both ends?"
+    return sys.stdin.isatty() and console.is_terminal
+
 def questions(console: Console) -> Iterator[str]:
     "Lines typed or piped in; at a terminal, an empty line, exit or Ctrl-D is the end."
-    if not (sys.stdin.isatty() and console.is_terminal):
+    if not at_terminal(console):
         for line in filter(str.strip, sys.stdin):
             console.print(Text(f"> {plain(line.strip(), most=None)}"))
             yield line.strip()
@@ -236,8 +239,8 @@ def answer_live(pair: dict[str, tuple[Writer, Callable]],
         part = lambda everything: everything
 
 def manner(args: AnswerArguments, sampled: bool) -> str:
-    "How answers are found, in words."
-    return f"Temperature {args.temperature:g}, seed {args.seed}" if sampled else "The likeliest token each time"
+    "How questions are asked and answered, in words."
+    return f"prompt_template {args.prompt_template!r}, " + (f"temperature {args.temperature:g}, seed {args.seed}" if sampled else "the likeliest token each time")
 
 def talk(output_dir: str,                            # Of a run, or a checkpoint
          args: ChatArguments,
@@ -250,7 +253,8 @@ def talk(output_dir: str,                            # Of a run, or a checkpoint
     tok = pair["tuned"][0].tokenizer
     ready = preparer(args.prompt_template, args.system_prompt, tok, args.max_source_length)
     sampled, generator = args.do_sample and args.temperature > 0, torch.Generator().manual_seed(args.seed)
-    logger.info("%s; each question stands on its own, as in training. Ctrl-C stops an answer, an empty line ends", manner(args, sampled))
+    logger.info("%s", manner(args, sampled))
+    if asked is None and at_terminal(console): console.print(Text("Each question stands on its own, as in training. Ctrl-C stops an answer, an empty line ends.", style="dim"))
     for question in questions(console) if asked is None else asked:
         row = ready(dict(instruction=question), "question")
         if row["_cut"]: logger.warning("The question is shortened: its prompt may have max_source_length=%d tokens", args.max_source_length)
@@ -312,7 +316,7 @@ class EvalArguments(AnswerArguments):
         for name in ("reward_model_name_or_path", "validation_file_dir"):
             if not getattr(self, name): raise ValueError(f"--{name} is missing")
 
-# %% ../nbs/10_chat.ipynb #c6abed14
+# %% ../nbs/10_chat.ipynb #cc7942b9
 def check_output_file(args: EvalArguments):
     "`ValueError` if the scores could not be written at the end."
     if not args.output_file: return
@@ -343,6 +347,7 @@ def evaluate(model: str,         # Hub name, model folder, or a folder with an a
     names = [model, other] if other else [model]
     for name in names: check_model("model", name)
     check_model("reward_model_name_or_path", args.reward_model_name_or_path)
+    find_files(args.validation_file_dir)
     check_output_file(args)
     runs = [run_settings(name) for name in names]
     args = settled(args, *runs)
@@ -363,23 +368,24 @@ def evaluate(model: str,         # Hub name, model folder, or a folder with an a
                                     tokens=[a.tokens for a in each], ended=[a.ended for a in each])
     return [entry(row, *each) | dict(scores=scores[i::len(rows)]) for i, (row, *each) in enumerate(zip(rows, *answers))]
 
-# %% ../nbs/10_chat.ipynb #cf8eceb3
+# %% ../nbs/10_chat.ipynb #b74eac50
 def scores_table(rows: list[dict[str, Any]]) -> Table: # From `evaluate`
-    "Each model in a column; two are compared."
+    "Each model in a column; the first is compared with the second."
     names = rows[0]["models"]
     short = [Path(name).name for name in names]
     column = lambda key: [*zip(*(row[key] for row in rows))]
-    table = Table("", title=f"{len(rows)} prompts", box=box.SIMPLE_HEAD, caption="In brackets: 95 % intervals, by bootstrap over prompts; of the win rate, Wilson's")
-    for name in short if len({*short}) == len(names) else names: table.add_column(Text(name), overflow="fold")
-    add = lambda what, *cells: table.add_row(what, *map(Text, map(str, cells)))
+    short = short if len({*short}) == len(names) else names
+    table = Table("", title=f"{len(rows)} prompts", box=box.SIMPLE_HEAD, caption=f"In brackets: {LEVEL:.0%} intervals, from a bootstrap over prompts; the win rate's is Wilson's")
+    for name in short: table.add_column(Text(name), overflow="fold")
+    add = lambda what, *cells: table.add_row(Text(what), *map(Text, map(str, cells)))
     add("score", *map(mean_interval, column("scores")))
     add("tokens per answer", *(f"{mean(x):.1f}" for x in column("tokens")))
     add("ended by itself", *(f"{mean(x):.1%}" for x in column("ended")))
     if len(names) == 2:
         ours, theirs = column("scores")
         table.add_section()
-        add("score, first less second", mean_interval([a - b for a, b in zip(ours, theirs)]))
-        add("win rate of the first, ties half", win_rate(ours, theirs))
+        add("difference", mean_interval([a - b for a, b in zip(ours, theirs)]))
+        add("win rate", win_rate(ours, theirs))
     return table
 
 def save_rows(rows: list[dict[str, Any]], path: str | Path):

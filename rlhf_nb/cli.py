@@ -6,7 +6,7 @@
 __all__ = ['logger', 'HELP_AT', 'DEMO', 'COMMANDS', 'Parser', 'kind', 'ProgramArguments', 'train_parser', 'make_trainer',
            'print_settings', 'announce', 'tell_what_next', 'stop_if_told', 'train', 'DemoArguments', 'as_flags',
            'demo_parser', 'demo_settings', 'answers_to', 'demo', 'merge_parser', 'merge', 'chat_parser', 'chat',
-           'eval_parser', 'eval', 'completion_parser', 'completion', 'StandardError', 'quiet_libraries', 'main']
+           'eval_parser', 'eval_', 'completion_parser', 'completion', 'StandardError', 'quiet_libraries', 'main']
 
 # %% ../nbs/10_cli.ipynb #949ba563
 import argparse
@@ -272,7 +272,7 @@ def merge(argv: list[str]):
         except RuntimeError as e: raise ValueError(f"{args.peft_model_path} is no adapter of {args.base_model_name_or_path} ({str(e).splitlines()[0]})") from e
     logger.info("Saved to %s", args.output_dir)
 
-# %% ../nbs/10_cli.ipynb #dc6aff81
+# %% ../nbs/10_cli.ipynb #98af00f1
 def chat_parser() -> Parser:
     return Parser("chat", "Ask the base model and the tuned one; each line is a question.", (ChatArguments,), dict(output_dir=None))
 
@@ -285,7 +285,7 @@ def chat(argv: list[str]):
 def eval_parser() -> Parser:
     return Parser("eval", "Answer prompts with a model, or with two, and score the answers.", (EvalArguments,), dict(model=None, other="?"))
 
-def eval(argv: list[str]):
+def eval_(argv: list[str]):
     "Scores of any model on any prompts, with their intervals; of two, the win rate."
     args, names = eval_parser().read(argv)
     announce(args.trust_remote_code)
@@ -308,8 +308,8 @@ def completion(argv: list[str]):
     for name, (parser, command) in COMMANDS.items(): commands.add_parser(name, parents=[parser()], add_help=False, conflict_handler="resolve", help=command.__doc__)
     print(shtab.complete(top, names.shell))
 
-# %% ../nbs/10_cli.ipynb #bbc85a95
-COMMANDS = dict(train=(train_parser, train), demo=(demo_parser, demo), chat=(chat_parser, chat), eval=(eval_parser, eval), merge=(merge_parser, merge),
+# %% ../nbs/10_cli.ipynb #b6363dd0
+COMMANDS = dict(train=(train_parser, train), demo=(demo_parser, demo), chat=(chat_parser, chat), eval=(eval_parser, eval_), merge=(merge_parser, merge),
                 completion=(completion_parser, completion))
 
 class StandardError(logging.StreamHandler):

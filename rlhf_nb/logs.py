@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['answers_table', 'save_answers', 'discard_answers', 'as_markdown', 'log_answers', 'log_settings']
 
-# %% ../nbs/08_logs.ipynb #35e71fdb
+# %% ../nbs/08_logs.ipynb #a3767873
 import importlib
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from .ppo import keep
-from .report import plain
+from .report import plain, shown
 from .rewards import Scores, as_text
 from .rollout import Rollout
 
@@ -60,7 +60,7 @@ def as_markdown(table: pd.DataFrame) -> str:
     rows = [table.columns, ["---"] * len(table.columns), *([shown(x) for x in row] for row in table.itertuples(index=False))]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
-# %% ../nbs/08_logs.ipynb #952dff1b
+# %% ../nbs/08_logs.ipynb #a9678f9f
 def log_answers(tracker: GeneralTracker,           # Accelerate's
                 name: str,                         # Of the table
                 table: pd.DataFrame,               # From `answers_table`
@@ -69,7 +69,7 @@ def log_answers(tracker: GeneralTracker,           # Accelerate's
     "Answers as a table, and how numbers are spread as histograms."
     known = {f"spread/{k}": x[x.isfinite()].float().cpu().numpy() for k, x in spread.items() if x.isfinite().any()}
     if tracker.name == "tensorboard":
-        tracker.writer.add_text(f"answers/{name}", as_markdown(table), step)
+        tracker.writer.add_text(f"answers/{name}", as_markdown(pd.DataFrame(shown(table))), step)
         for k, x in known.items(): tracker.writer.add_histogram(k, x, step)
     else:
         library = importlib.import_module(tracker.name)

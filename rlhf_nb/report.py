@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'PANELS', 'SHOWN', 'plain', 'samples_table', 'summarise', 'summary_table', 'Chart', 'draw', 'curves',
-           'newest', 'View', 'Lines', 'sparkline', 'Block', 'shown', 'Page', 'answers_html', 'Notebook', 'make_view']
+           'so_far', 'View', 'Lines', 'sparkline', 'Block', 'shown', 'Page', 'answers_html', 'Notebook', 'make_view']
 
 # %% ../nbs/08_report.ipynb #e8601197
 import base64
@@ -46,7 +46,7 @@ def samples_table(title: str,
     for row in zip(*columns.values()): table.add_row(*(Text(plain(v)) if isinstance(v, str) else f"{v:.2f}" if isinstance(v, float) else str(v) for v in row))
     return table
 
-# %% ../nbs/08_report.ipynb #b4672b05
+# %% ../nbs/08_report.ipynb #d161514b
 MEASURED = {"true_reward": "eval/rewards/true_reward", "score": "eval/scores", "kl": "eval/kl", "answer_length": "eval/responses"}
 
 def summarise(history: list[dict], # `trainer.state.log_history`
@@ -59,7 +59,7 @@ def summarise(history: list[dict], # `trainer.state.log_history`
 def summary_table(summary: dict, # From `summarise`
                   title: str) -> Table:
     "The same for a terminal."
-    table = Table("", "before", "after", title=title, box=box.SIMPLE_HEAD)
+    table = Table("", "before", "after", title=title, box=box.SIMPLE_HEAD, min_width=len(title))
     for name, value in summary.items():
         if isinstance(value, dict): table.add_row(name.replace("_", " "), *(f"{value[k]:.2f}" for k in ("before", "after")))
     return table
@@ -101,17 +101,17 @@ def curves(history: list[dict],            # `trainer.state.log_history`
         axis.set(title=title, xlabel="PPO update")
     return figure
 
-# %% ../nbs/08_report.ipynb #631a6419
-SHOWN = {"score": ("objective/scores",), "true reward": ("rewards/true_reward",), "KL": ("objective/kl",), "length": ("tokens/responses",),
-         "unseen": ("eval/rewards/true_reward", "eval/scores")}
+# %% ../nbs/08_report.ipynb #043d96dc
+SHOWN = {"score": "objective/scores", "true reward": "rewards/true_reward", "KL": "objective/kl", "length": "tokens/responses",
+         "unseen score": "eval/scores", "unseen true reward": "eval/rewards/true_reward"}
 
-def newest(history: list[dict], # `trainer.state.log_history`
-) -> dict[str, float]:
-    "The last values of what is shown."
-    found = {name: next((e[k] for k in keys for e in reversed(history) if k in e), None) for name, keys in SHOWN.items()}
-    return {name: value for name, value in found.items() if value is not None}
+def so_far(history: list[dict], # `trainer.state.log_history`
+) -> dict[str, list[float]]:    # Oldest first
+    "The values of what is shown."
+    found = {name: [e[key] for e in history if key in e] for name, key in SHOWN.items()}
+    return {name: values for name, values in found.items() if values}
 
-# %% ../nbs/08_report.ipynb #47b6d4cb
+# %% ../nbs/08_report.ipynb #b983d3ea
 class View(TrainerCallback):
     "What a person sees of a run: here, nothing."
     def __init__(self, answers: Callable[[], pd.DataFrame | None] = lambda: None): # The newest, from `logs.answers_table`
@@ -144,7 +144,7 @@ class View(TrainerCallback):
     @property
     def where(self) -> str:
         "Updates done, time left, newest numbers."
-        numbers = "".join(f" | {name} {value:.3g}" for name, value in newest(self.state.log_history).items())
+        numbers = "".join(f" | {name} {values[-1]:.3g}" for name, values in so_far(self.state.log_history).items())
         return f"update {self.state.global_step}/{self.state.max_steps} | {self.left} left{numbers}"
 
 # %% ../nbs/08_report.ipynb #8e64563a
@@ -163,7 +163,7 @@ def sparkline(values: list[float], # Finite
     low, high = min(cells, default=0.), max(cells, default=0.)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (x - low) / (high - low)) if high > low else 0] for x in cells)
 
-# %% ../nbs/08_report.ipynb #7858ba06
+# %% ../nbs/08_report.ipynb #5e932eaa
 class Block(View):
     "A live block in a terminal."
     def __init__(self, answers: Callable[[], pd.DataFrame | None], console: Console):
@@ -187,9 +187,8 @@ class Block(View):
         bar.add_row("PPO", ProgressBar(total=self.state.max_steps, completed=self.state.global_step, width=30),
                     f"{self.state.global_step}/{self.state.max_steps}", f"{self.left} left")
         lines = Table.grid(padding=(0, 2))
-        for name, value in newest(self.state.log_history).items():
-            past = [e[k] for e in self.state.log_history for k in SHOWN[name] if k in e]
-            lines.add_row(name, sparkline(past), f"{value:.3g}" + (f" (target {self.target:g})" if self.target and name == "KL" else ""))
+        for name, values in so_far(self.state.log_history).items():
+            lines.add_row(name, sparkline(values), f"{values[-1]:.3g}" + (f" (target {self.target:g})" if self.target and name == "KL" else ""))
         answers = self.answers()
         return Group(bar, lines, *([] if answers is None else [samples_table(f"Answers of update {answers.step.iloc[0]}", shown(answers))]))
 

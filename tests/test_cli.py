@@ -171,3 +171,10 @@ def test_bad_input_is_one_line_and_status_2(flags, text):
 def test_a_hub_name_that_cannot_be_reached_is_an_error_of_two_lines(tmp_path):
     out = rlhf_nb(*short("nobody/nothing", "nobody/reward", tmp_path/"out"), status=2)
     assert "nobody/nothing" in out and len(out.strip().splitlines()) <= 3 and "Traceback" not in out and not (tmp_path/"out").exists()
+
+
+def test_a_shell_completes_commands_and_settings():
+    script = rlhf_nb("completion", "bash")
+    typed = 'COMP_WORDS=(rlhf-nb train --lora_r); COMP_CWORD=2; _shtab_rlhf_nb; echo "${COMPREPLY[@]}"; COMP_WORDS=(rlhf-nb de); COMP_CWORD=1; _shtab_rlhf_nb; echo "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", f"{script}\n{typed}"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["--lora_rank", "demo"]
