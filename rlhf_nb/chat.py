@@ -375,13 +375,13 @@ def evaluate(model: str,         # Hub name, model folder, or a folder with an a
                                     tokens=[a.tokens for a in each], ended=[a.ended for a in each])
     return [entry(row, *each) | dict(scores=scores[i::len(rows)]) for i, (row, *each) in enumerate(zip(rows, *answers))]
 
-# %% ../nbs/10_chat.ipynb #683946ee
+# %% ../nbs/10_chat.ipynb #b728ef65
 def scores_table(rows: list[dict[str, Any]]) -> Table: # From `evaluate`
     "Each model in a column; the first is compared with the second."
     names, column = rows[0]["models"], lambda key: [*zip(*(row[key] for row in rows))]
     short = [Path(name).name or name for name in names]
     table = Table("", title=f"{len(rows)} prompts", box=box.SIMPLE_HEAD,
-                  caption=f"In brackets: {LEVEL:.0%} intervals, from a bootstrap over prompts; the win rate's is Wilson's")
+                  caption=f"{LEVEL:.0%} intervals: bootstrap over prompts; win rate: Wilson")
     for name in short if len({*short}) == len(names) else names: table.add_column(Text(name), overflow="fold")
     add = lambda what, *cells: table.add_row(Text(what), *map(Text, map(str, cells)))
     add("score", *map(mean_interval, column("scores")))
