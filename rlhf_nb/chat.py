@@ -8,7 +8,7 @@ __all__ = ['logger', 'TRAINING', 'MERGE', 'NARROW', 'LEVEL', 'run_settings', 'as
            'answer_live', 'manner', 'talk', 'Interval', 'mean_interval', 'share_interval', 'win_rate', 'EvalArguments',
            'check_output_file', 'answer_prompts', 'evaluate', 'scores_table', 'save_rows']
 
-# %% ../nbs/10_chat.ipynb #54fd35bb
+# %% ../nbs/10_chat.ipynb #15f61ffd
 import json
 import logging
 import math
@@ -18,7 +18,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import NormalDist, mean
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from .checkpoint import differences, flush
 from .config import Count, DataArguments, MergeArguments, ModelArguments, NonNeg, PPOConfig, Whole, setting, validate
@@ -55,7 +54,7 @@ def run_settings(path: str | Path, # An output_dir, a checkpoint, or anything el
     run = parse_json(read_text(file), str(file))
     return {name: value for part in ("settings", "data", "model") for name, value in run.get(part, {}).items()}
 
-# %% ../nbs/10_chat.ipynb #f98b42a6
+# %% ../nbs/10_chat.ipynb #3c7f6e6c
 TRAINING = {f.name: f for config in (PPOConfig, DataArguments) for f in fields(config)}
 MERGE = MergeArguments.__dataclass_fields__
 
@@ -73,7 +72,7 @@ class AnswerArguments:
     min_target_length: Whole | None = as_trained("min_target_length")
     stop_strings: list[str] | None = as_trained("stop_strings")
     temperature: NonNeg | None = setting(None, "Sampling temperature; 0: the likeliest token each time; default: as in training")
-    torch_dtype: str | None = as_trained("torch_dtype")
+    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = as_trained("torch_dtype")
     seed: Whole | None = setting(None, "Of the draws, and of the prompts' order; default: as in training")
     base_model_name_or_path: str | None = setting(None, "Hub name or folder of the base model; default: the one that adapter_config.json or run.json names")
     cache_dir: str | None = setting(None, MERGE["cache_dir"].metadata["help"])
@@ -85,25 +84,25 @@ class AnswerArguments:
         for wrong, text in [
             (self.prompt_template and self.prompt_template not in ("alpaca", "chat") and "{}" not in self.prompt_template,
              f"prompt_template={self.prompt_template}: must be alpaca, chat, or a text with {{}} where the question goes"),
-            (self.torch_dtype not in (None, "auto", "float32", "bfloat16", "float16"), f"torch_dtype={self.torch_dtype}: must be auto, float32, bfloat16 or float16"),
             ("" in (self.stop_strings or []), "stop_strings: an empty text would end every answer"),
             (least and most and least > most, f"min_target_length={least} is more than max_target_length={most}"),
         ]:
             if wrong: raise ValueError(text)
 
-# %% ../nbs/10_chat.ipynb #464eab2c
+# %% ../nbs/10_chat.ipynb #a9d44bc6
 def settled(args: AnswerArguments,
             *runs: dict[str, Any],  # From `run_settings`
 ) -> AnswerArguments:               # Of the same class, complete
     "The settings with the run's in the gaps."
-    gaps = [f.name for f in fields(args) if f.name in TRAINING and getattr(args, f.name) is None]
+    gaps = [f.name for f in fields(AnswerArguments) if f.name in TRAINING and getattr(args, f.name) is None]
     for other in runs[1:]:
         both = [name for name in gaps if name in runs[0] and name in other]
-        for change in differences({n: runs[0][n] for n in both}, {n: other[n] for n in both}): logger.warning("%s in the second run; the first one's counts", change)
+        for change in differences({n: runs[0][n] for n in both}, {n: other[n] for n in both}):
+            logger.warning("%s in the second run; the first one's counts", change)
     found = {name: next((run[name] for run in runs if name in run), TRAINING[name].default) for name in gaps}
     return replace(args, **found)
 
-# %% ../nbs/10_chat.ipynb #cb453bcc
+# %% ../nbs/10_chat.ipynb #139e9cde
 class Answer(NamedTuple):
     "What a model wrote."
     text: str     # Without what ended it
@@ -146,7 +145,8 @@ class Writer:
             if tell: tell(certain(text(ids[0]), args.stop_strings))
             return ends(ids)
         found: dict[int, Answer] = {}
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32), tqdm(total=len(prompts), disable=not bar, unit="answer") as progress:
+        with (torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32),
+              tqdm(total=len(prompts), disable=not bar, unit="answer") as progress):
             for chunk, _, (ids, mask, _, ended) in write(self.policy, queries, self.sampling, args.max_target_length, tok.pad_token_id,
                                                          None if uniforms is None else uniforms.to(device), batch_size, stop):
                 for i, row, m, e in zip(chunk, ids, mask, ended): found[i] = Answer(text(row[m > 0]), int(m.sum()), bool(e))
@@ -162,7 +162,7 @@ def certain(text: str,                     # An answer so far
     begun = max((n for s in stop_strings or [] for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
     return text[:len(text) - begun]
 
-# %% ../nbs/10_chat.ipynb #f2a87f01
+# %% ../nbs/10_chat.ipynb #b66f3a79
 NARROW = 70 # Columns
 
 def side_by_side(answers: dict[str, str], # By model
@@ -170,7 +170,7 @@ def side_by_side(answers: dict[str, str], # By model
 ) -> RenderableType:
     "What the models wrote, for a terminal."
     texts = {name: Text(plain(answer, most=None)) for name, answer in answers.items()}
-    if width < NARROW: return Group(*(part for name, text in texts.items() for part in (Text(name, style="bold"), text, Text())))
+    if width < NARROW: return Group(*(line for name, text in texts.items() for line in (Text(name, style="bold"), text, Text())))
     table = Table(box=box.SIMPLE_HEAD, expand=True)
     for name in texts: table.add_column(name, ratio=1, overflow="fold")
     table.add_row(*texts.values())
@@ -185,7 +185,7 @@ class Tail:
             yield from line
             yield Segment.line()
 
-# %% ../nbs/10_chat.ipynb #99fb8ed7
+# %% ../nbs/10_chat.ipynb #a5f98e2d
 @dataclass
 class ChatArguments(AnswerArguments):
     "How `rlhf-nb chat` answers."
@@ -200,13 +200,14 @@ def find_pair(output_dir: str,       # Of a run, or a checkpoint
     if (at/"adapter_config.json").exists():
         tuned = Writer(output_dir, args)
         return dict(base=(tuned, tuned.policy.as_reference), tuned=(tuned, nullcontext))
-    if not (at/"config.json").exists(): raise ValueError(f"{output_dir} has neither adapter_config.json nor config.json: name the output_dir of a run, or a checkpoint")
+    if not (at/"config.json").exists():
+        raise ValueError(f"{output_dir} has neither adapter_config.json nor config.json: name the output_dir of a run, or a checkpoint")
     base = args.base_model_name_or_path or run_settings(output_dir).get("policy")
     if not base: raise ValueError(f"{output_dir} is a model without an adapter, and no run.json names its base: give --base_model_name_or_path")
     check_model("base_model_name_or_path", base)
     return dict(base=(Writer(base, args, output_dir), nullcontext), tuned=(Writer(output_dir, args), nullcontext))
 
-# %% ../nbs/10_chat.ipynb #2af03337
+# %% ../nbs/10_chat.ipynb #307ed2ab
 def at_terminal(console: Console) -> bool:
     "Does someone sit at both ends?"
     return sys.stdin.isatty() and console.is_terminal
@@ -254,7 +255,8 @@ def talk(output_dir: str,                            # Of a run, or a checkpoint
     ready = preparer(args.prompt_template, args.system_prompt, tok, args.max_source_length)
     sampled, generator = args.do_sample and args.temperature > 0, torch.Generator().manual_seed(args.seed)
     logger.info("%s", manner(args, sampled))
-    if asked is None and at_terminal(console): console.print(Text("Each question stands on its own, as in training. Ctrl-C stops an answer, an empty line ends.", style="dim"))
+    if asked is None and at_terminal(console):
+        console.print(Text("Each question stands on its own, as in training. Ctrl-C stops an answer, an empty line ends.", style="dim"))
     for question in questions(console) if asked is None else asked:
         row = ready(dict(instruction=question), "question")
         if row["_cut"]: logger.warning("The question is shortened: its prompt may have max_source_length=%d tokens", args.max_source_length)
@@ -264,7 +266,7 @@ def talk(output_dir: str,                            # Of a run, or a checkpoint
             for name, (writer, state) in pair.items():
                 with state(): console.print(Text(f"{name}: {plain(writer([row['prompt']], uniforms)[0].text, most=None)}"), soft_wrap=True)
 
-# %% ../nbs/10_chat.ipynb #bfb93d26
+# %% ../nbs/10_chat.ipynb #7dd22e21
 LEVEL = .95
 
 class Interval(NamedTuple):
@@ -278,6 +280,7 @@ def mean_interval(x: list[float],      # One number per prompt, (N,)
                   draws: int = 10_000,
 ) -> Interval:
     "The mean, with its percentile bootstrap interval; always the same for the same numbers."
+    if len(x) == 1: return Interval(x[0], math.nan, math.nan)
     x, rng, at_once = np.asarray(x, dtype=float), np.random.default_rng(0), max(1, 2 ** 22 // len(x))
     means = np.concatenate([x[rng.integers(len(x), size=(min(at_once, draws - i), len(x)))].mean(1) for i in range(0, draws, at_once)])
     return Interval(x.mean().item(), *np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist())
@@ -295,7 +298,7 @@ def win_rate(ours: list[float], theirs: list[float]) -> Interval: # Scores of th
     "How often ours is the better one; a tie is half a win."
     return share_interval(mean((a > b) + (a == b) / 2 for a, b in zip(ours, theirs)), len(ours))
 
-# %% ../nbs/10_chat.ipynb #8569bf6f
+# %% ../nbs/10_chat.ipynb #bfaa8b9a
 @dataclass
 class EvalArguments(AnswerArguments):
     "What `rlhf-nb eval` does."
@@ -304,7 +307,7 @@ class EvalArguments(AnswerArguments):
     reward_batch_size: Count = setting(16, TRAINING["reward_batch_size"].metadata["help"])
     validation_file_dir: str | None = setting(None, "Prompts: " + TRAINING["train_file_dir"].metadata["help"][0].lower() + TRAINING["train_file_dir"].metadata["help"][1:])
     max_eval_samples: Count | None = setting(None, "Prompts to keep")
-    on_bad_row: str = setting("error", TRAINING["on_bad_row"].metadata["help"])
+    on_bad_row: Literal["error", "skip"] = setting("error", TRAINING["on_bad_row"].metadata["help"])
     batch_size: Count = setting(8, "Prompts that are answered at once")
     do_sample: bool | None = setting(None, "Draw the answers; False: the likeliest token each time; default: as the run evaluated, else False")
     output_file: str | None = setting(None, "Gets a JSON line for each prompt: answers, scores, lengths")
@@ -316,12 +319,13 @@ class EvalArguments(AnswerArguments):
         for name in ("reward_model_name_or_path", "validation_file_dir"):
             if not getattr(self, name): raise ValueError(f"--{name} is missing")
 
-# %% ../nbs/10_chat.ipynb #cc7942b9
+# %% ../nbs/10_chat.ipynb #7a46b926
 def check_output_file(args: EvalArguments):
     "`ValueError` if the scores could not be written at the end."
     if not args.output_file: return
     path = Path(args.output_file)
-    if path.is_dir() or not path.parent.is_dir(): raise ValueError(f"output_file={path} {'is a folder' if path.is_dir() else 'lies in a folder that does not exist'}")
+    if path.is_dir(): raise ValueError(f"output_file={path} is a folder; name a file")
+    if not path.parent.is_dir(): raise ValueError(f"output_file={path}: no such folder")
     if path.exists() and not args.overwrite_output_file: raise ValueError(f"output_file={path} exists: give another one, or --overwrite_output_file")
 
 def answer_prompts(name: str,            # The model, as `Writer` takes it
@@ -356,9 +360,11 @@ def evaluate(model: str,         # Hub name, model folder, or a folder with an a
     logger.info("%s", manner(args, sampled))
     device, loads = run_device(), ModelArguments(cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code)
     with loading("reward_model_name_or_path", args.reward_model_name_or_path):
-        reward = load_reward_model(args.reward_model_name_or_path, loads, resolve_dtype(args.torch_dtype, device), device, args.reward_label, args.reward_batch_size)
+        reward = load_reward_model(args.reward_model_name_or_path, loads, resolve_dtype(args.torch_dtype, device), device, args.reward_label,
+                                   args.reward_batch_size)
     (rows, ours), *more = [answer_prompts(name, args, sampled) for name in names]
-    if more and len(more[0][0]) != len(rows): raise ValueError(f"The models read {len(rows)} and {len(more[0][0])} different prompts: what is cut is too much, raise max_source_length")
+    if more and len(more[0][0]) != len(rows):
+        raise ValueError(f"max_source_length={args.max_source_length} leaves {len(rows)} different prompts for {model} and {len(more[0][0])} for {other}; raise it")
     answers = [ours, *(answers for _, answers in more)]
     texts, asked = [a.text for each in answers for a in each], [row["question"] for row in rows] * len(names)
     scores = reward(asked, texts, question=asked)
@@ -368,15 +374,14 @@ def evaluate(model: str,         # Hub name, model folder, or a folder with an a
                                     tokens=[a.tokens for a in each], ended=[a.ended for a in each])
     return [entry(row, *each) | dict(scores=scores[i::len(rows)]) for i, (row, *each) in enumerate(zip(rows, *answers))]
 
-# %% ../nbs/10_chat.ipynb #b74eac50
+# %% ../nbs/10_chat.ipynb #b728ef65
 def scores_table(rows: list[dict[str, Any]]) -> Table: # From `evaluate`
     "Each model in a column; the first is compared with the second."
-    names = rows[0]["models"]
-    short = [Path(name).name for name in names]
-    column = lambda key: [*zip(*(row[key] for row in rows))]
-    short = short if len({*short}) == len(names) else names
-    table = Table("", title=f"{len(rows)} prompts", box=box.SIMPLE_HEAD, caption=f"In brackets: {LEVEL:.0%} intervals, from a bootstrap over prompts; the win rate's is Wilson's")
-    for name in short: table.add_column(Text(name), overflow="fold")
+    names, column = rows[0]["models"], lambda key: [*zip(*(row[key] for row in rows))]
+    short = [Path(name).name or name for name in names]
+    table = Table("", title=f"{len(rows)} prompts", box=box.SIMPLE_HEAD,
+                  caption=f"{LEVEL:.0%} intervals: bootstrap over prompts; win rate: Wilson")
+    for name in short if len({*short}) == len(names) else names: table.add_column(Text(name), overflow="fold")
     add = lambda what, *cells: table.add_row(Text(what), *map(Text, map(str, cells)))
     add("score", *map(mean_interval, column("scores")))
     add("tokens per answer", *(f"{mean(x):.1f}" for x in column("tokens")))

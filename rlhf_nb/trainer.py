@@ -227,7 +227,7 @@ def not_finite(rollout: Rollout, scores: Scores) -> str | None: # None: all is
             "values": keep(rollout.values, mask)}
     return next((name for name, x in seen.items() if not x.isfinite().all()), None)
 
-# %% ../nbs/06_trainer.ipynb #141ac618
+# %% ../nbs/06_trainer.ipynb #6f1b109e
 class Parts:
     "Models, rewards, optimiser and leash of a run."
     def __init__(self,
@@ -267,7 +267,8 @@ class Parts:
                                   eval_steps=args.eval_steps)
         self.control = TrainerControl()
         self.state.is_world_process_zero = self.accelerator.is_main_process
-        self.data_settings: dict[str, Any] = {}
+        talk = train_dataset is not None and len(train_dataset) and not isinstance(train_dataset[0]["prompt"], str)
+        self.data_settings: dict[str, Any] = dict(prompt_template="chat" if talk else "{}", system_prompt=None)
         self.newest: dict[str, pd.DataFrame] = {}
         self.spread: dict[str, Tensor] = {}
         self.ratios: list[Tensor] = []
@@ -603,7 +604,7 @@ def update_stats(logprobs: Tensor,  # Of the policy as it is, (n, T)
             "loss/policy_avg": pl, "loss/value_avg": vl, "val/clipfrac_avg": vclipped,
             "val/ratio": masked_mean(ratio, mask), "val/ratio_var": masked_var(ratio, mask, unbiased=False)}
 
-# %% ../nbs/06_trainer.ipynb #7372e5e7
+# %% ../nbs/06_trainer.ipynb #5d4780e8
 PATHS = {"output_dir", "resume_from_checkpoint"}
 HEADLINES = ["objective/scores", "objective/kl", "tokens/responses", "eval/scores", "eval/kl"]
 KEPT = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "init_kl_coef", "seed"}
@@ -680,8 +681,8 @@ class Files(Verbs):
 
     def card(self, repo: str, curves: bool = False) -> ModelCard: # Its name on the hub, or a folder's; is there a curves.png beside it?
         "The model card, with an example prompt of the kind that the policy was trained on."
-        ask = with_system([dict(role="user", content="What is the sun made of?")], self.data_settings.get("system_prompt"))
-        by = {"alpaca": alpaca_prompt, "chat": partial(chat_prompt, tokenizer=self.processing_class)}.get(self.data_settings.get("prompt_template"), as_text)
+        ask = with_system([dict(role="user", content="What is the sun made of?")], self.data_settings["system_prompt"])
+        by = {"alpaca": alpaca_prompt, "chat": partial(chat_prompt, tokenizer=self.processing_class)}.get(self.data_settings["prompt_template"], as_text)
         return model_card(self.about(), self.state.log_history, repo, by(ask), curves)
 
     def save_checkpoint(self):

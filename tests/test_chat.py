@@ -61,7 +61,7 @@ def at_terminal(columns: int, keys: list[bytes], *flags, in_answer: str = "base"
                 try: raw += os.read(fd, 65536)
                 except OSError: break
                 seen = raw.decode(errors="ignore")
-            if keys and (in_answer in seen[mark:] if keys[0] == b"\x03" else seen.endswith("> ")):
+            if keys and (in_answer in seen[mark:] if keys[0] == b"\x03" else seen[mark:].endswith("> ")):
                 mark = len(seen)
                 time.sleep(.3) # A Ctrl-C between prompt and reading is lost in Python's readline
                 os.write(fd, keys.pop(0))
