@@ -11,13 +11,13 @@ __all__ = ['COLUMNS', 'SCORE', 'TRUE', 'KL', 'LENGTH', 'COLORS', 'LINES', 'MORE'
            'chosen', 'samples', 'Setting', 'setting_rows', 'costs', 'compared', 'headline', 'as_text', 'page',
            'findings_of', 'write_report']
 
-# %% ../nbs/08_page.ipynb #fb634b34
+# %% ../nbs/08_page.ipynb #8fdc7c4b
 import io
 import json
 import os
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from difflib import SequenceMatcher
 from pathlib import Path
