@@ -6,9 +6,10 @@
 __all__ = ['logger', 'HELP_AT', 'DEMO', 'COMMANDS', 'Parser', 'kind', 'ProgramArguments', 'train_parser', 'make_trainer',
            'print_settings', 'announce', 'tell_what_next', 'stop_if_told', 'train', 'DemoArguments', 'as_flags',
            'demo_parser', 'demo_settings', 'answers_to', 'demo', 'merge_parser', 'merge', 'chat_parser', 'chat',
-           'eval_parser', 'eval_', 'completion_parser', 'completion', 'StandardError', 'quiet_libraries', 'main']
+           'eval_parser', 'eval_', 'ReportArguments', 'report_parser', 'report', 'completion_parser', 'completion',
+           'StandardError', 'quiet_libraries', 'main']
 
-# %% ../nbs/10_cli.ipynb #949ba563
+# %% ../nbs/10_cli.ipynb #bd3929ff
 import argparse
 import json
 import logging
@@ -41,6 +42,7 @@ from .checkpoint import check_output_dir
 from .config import DataArguments, MergeArguments, ModelArguments, PPOConfig, setting
 from .data import find_files, load_prompts
 from .models import check_model, load_policy, load_tokenizer, loading, merge_adapter, resolve_dtype, run_device
+from .page import write_report
 from .report import curves, samples_table, summarise, summary_table
 from .rewards import load_reward_model
 from .rollout import Rollout
@@ -295,6 +297,20 @@ def eval_(argv: list[str]):
         save_rows(rows, args.output_file)
         logger.info("Saved to %s", args.output_file)
 
+# %% ../nbs/10_cli.ipynb #8cb0aaba
+@dataclass
+class ReportArguments:
+    "Where the page goes."
+    output_file: str | None = setting(None, "The page; default: report.html in the first run's folder")
+
+def report_parser() -> Parser:
+    return Parser("report", "One HTML page of a run, or of several compared.", (ReportArguments,), dict(output_dir="+"))
+
+def report(argv: list[str]):
+    "One HTML page of a run, or of several compared."
+    args, names = report_parser().read(argv)
+    logger.info("Saved to %s", write_report(names.output_dir, args.output_file or Path(names.output_dir[0])/"report.html"))
+
 # %% ../nbs/10_cli.ipynb #80e0a3f3
 def completion_parser() -> Parser:
     return Parser("completion", f"Print what a shell needs to complete commands and settings ({', '.join(shtab.SUPPORTED_SHELLS)}).", (), dict(shell=None))
@@ -308,8 +324,8 @@ def completion(argv: list[str]):
     for name, (parser, command) in COMMANDS.items(): commands.add_parser(name, parents=[parser()], add_help=False, conflict_handler="resolve", help=command.__doc__)
     print(shtab.complete(top, names.shell))
 
-# %% ../nbs/10_cli.ipynb #b6363dd0
-COMMANDS = dict(train=(train_parser, train), demo=(demo_parser, demo), chat=(chat_parser, chat), eval=(eval_parser, eval_), merge=(merge_parser, merge),
+# %% ../nbs/10_cli.ipynb #0f065e7e
+COMMANDS = dict(train=(train_parser, train), demo=(demo_parser, demo), report=(report_parser, report), chat=(chat_parser, chat), eval=(eval_parser, eval_), merge=(merge_parser, merge),
                 completion=(completion_parser, completion))
 
 class StandardError(logging.StreamHandler):
