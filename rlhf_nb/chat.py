@@ -8,7 +8,7 @@ __all__ = ['logger', 'TRAINING', 'MERGE', 'NARROW', 'LEVEL', 'run_settings', 'as
            'answer_live', 'manner', 'talk', 'Interval', 'mean_interval', 'share_interval', 'win_rate', 'EvalArguments',
            'check_output_file', 'answer_prompts', 'evaluate', 'scores_table', 'save_rows']
 
-# %% ../nbs/10_chat.ipynb #15f61ffd
+# %% ../nbs/10_chat.ipynb #74e67e63
 import json
 import logging
 import math
@@ -34,13 +34,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checkpoint import differences, flush
-from .config import Count, DataArguments, MergeArguments, ModelArguments, NonNeg, PPOConfig, Whole, setting, validate
+from .config import Count, DataArguments, MergeArguments, ModelArguments, NonNeg, PPOConfig, Whole, check_template, setting, validate
 from .data import encode_prompt, find_files, load_prompts, parse_json, preparer, read_text
-from .models import ActorCritic, Policy, Sampling, check_model, end_tokens, load_lm, load_tokenizer, loading, resolve_dtype, run_device, with_adapter
+from .models import ActorCritic, Policy, Sampling, check_lengths, check_model, end_tokens, load_lm, load_tokenizer, loading, resolve_dtype, run_device, with_adapter
 from .report import plain
 from .rewards import load_reward_model, show
 from .rollout import decode, stopper, write
-from .trainer import check_lengths
 
 # %% ../nbs/10_chat.ipynb #e32cabf2
 logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def run_settings(path: str | Path, # An output_dir, a checkpoint, or anything el
     run = parse_json(read_text(file), str(file))
     return {name: value for part in ("settings", "data", "model") for name, value in run.get(part, {}).items()}
 
-# %% ../nbs/10_chat.ipynb #3c7f6e6c
+# %% ../nbs/10_chat.ipynb #831a38f5
 TRAINING = {f.name: f for config in (PPOConfig, DataArguments) for f in fields(config)}
 MERGE = MergeArguments.__dataclass_fields__
 
@@ -80,10 +79,9 @@ class AnswerArguments:
 
     def __post_init__(self):
         validate(self)
+        if self.prompt_template: check_template(self.prompt_template)
         least, most = self.min_target_length, self.max_target_length
         for wrong, text in [
-            (self.prompt_template and self.prompt_template not in ("alpaca", "chat") and "{}" not in self.prompt_template,
-             f"prompt_template={self.prompt_template}: must be alpaca, chat, or a text with {{}} where the question goes"),
             ("" in (self.stop_strings or []), "stop_strings: an empty text would end every answer"),
             (least and most and least > most, f"min_target_length={least} is more than max_target_length={most}"),
         ]:
@@ -102,7 +100,7 @@ def settled(args: AnswerArguments,
     found = {name: next((run[name] for run in runs if name in run), TRAINING[name].default) for name in gaps}
     return replace(args, **found)
 
-# %% ../nbs/10_chat.ipynb #139e9cde
+# %% ../nbs/10_chat.ipynb #b2861112
 class Answer(NamedTuple):
     "What a model wrote."
     text: str     # Without what ended it
@@ -126,7 +124,7 @@ class Writer:
             lm = load_lm(wanted, self.dtype, device)
             self.policy = Policy(with_adapter(lm, name)) if adapted else ActorCritic(lm.requires_grad_(False))
             self.tokenizer = load_tokenizer(tokenizer_at or (name if has_tokenizer else base), wanted)
-        check_lengths(self.policy, args)
+        check_lengths(self.policy, args.max_source_length, args.max_target_length)
         self.sampling = Sampling(args.temperature or 1., args.min_target_length, end_tokens(self.policy.lm, self.tokenizer))
 
     def __call__(self,

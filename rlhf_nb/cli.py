@@ -9,7 +9,7 @@ __all__ = ['logger', 'HELP_AT', 'DEMO', 'COMMANDS', 'Parser', 'kind', 'ProgramAr
            'eval_parser', 'eval_', 'ReportArguments', 'report_parser', 'report', 'completion_parser', 'completion',
            'StandardError', 'quiet_libraries', 'main']
 
-# %% ../nbs/10_cli.ipynb #bd3929ff
+# %% ../nbs/10_cli.ipynb #fb7c6156
 import argparse
 import json
 import logging
@@ -46,7 +46,7 @@ from .page import write_report
 from .report import curves, samples_table, summarise, summary_table
 from .rewards import load_reward_model
 from .rollout import Rollout
-from .tiny import CLINIC, accuracy, train_clinic, true_reward
+from .tiny import CLINIC, PROMPT, accuracy, train_clinic, true_reward
 from .trainer import PPOTrainer, RunError
 
 # %% ../nbs/10_cli.ipynb #b93ea544
@@ -194,7 +194,7 @@ def train(argv: list[str]) -> PPOTrainer | None: # None: --dry_run
     PartialState().destroy_process_group()
     return trainer
 
-# %% ../nbs/10_cli.ipynb #66a4f61f
+# %% ../nbs/10_cli.ipynb #46ca1470
 @dataclass
 class DemoArguments:
     "What only the demo has."
@@ -205,7 +205,7 @@ DEMO = dict(output_dir="outputs-demo", model_name_or_path=CLINIC/"policy", rewar
             eval_do_sample=True, max_steps=100, batch_size=64, mini_batch_size=64, num_ppo_epochs=2, max_source_length=64,
             max_target_length=48, min_target_length=0, temperature=.7, learning_rate=2e-3, lr_scheduler_type="linear",
             adap_kl_ctrl=False, init_kl_coef=.04, lam=1., critic="detached", cliprange_value=1., lora_rank=16, lora_alpha=32,
-            target_modules="all-linear", torch_dtype="float32", save_steps=0, reward_weights=[1, 0])
+            target_modules="all-linear", torch_dtype="float32", save_steps=0, reward_weights=[1, 0], prompt_template=PROMPT)
 
 def as_flags(settings: dict) -> list[str]: # --name value --name value ...
     "Settings as they would stand on the command line."

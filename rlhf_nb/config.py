@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Positive', 'NonNeg', 'Unit', 'Finite', 'Percent', 'setting', 'complaint', 'validate',
            'SamplingSettings', 'RewardSettings', 'KLSettings', 'PPOSettings', 'RunSettings', 'HubSettings', 'PPOConfig',
-           'ModelArguments', 'DataArguments', 'MergeArguments']
+           'ModelArguments', 'check_template', 'DataArguments', 'MergeArguments']
 
 # %% ../nbs/00_config.ipynb #d4ca67fe
 import types
@@ -224,7 +224,13 @@ class ModelArguments:
             raise ValueError("load_in_8bit and load_in_4bit need use_peft: quantised weights cannot be trained")
         if self.peft_path and not self.use_peft: raise ValueError(f"peft_path={self.peft_path} needs use_peft")
 
-# %% ../nbs/00_config.ipynb #efb2abd8
+# %% ../nbs/00_config.ipynb #c816bb29
+def check_template(template: str): # How a question is worded
+    "`ValueError` unless it is known, or says where the question goes."
+    if template not in ("alpaca", "chat") and "{}" not in template:
+        raise ValueError(f"prompt_template={template}: must be alpaca, chat, or a text with {{}} where the question goes")
+
+# %% ../nbs/00_config.ipynb #f1d5d22e
 @dataclass
 class DataArguments:
     "Which prompts, and how they are read."
@@ -235,7 +241,7 @@ class DataArguments:
     validation_split_percentage: Percent = setting(5.0, "Without validation data: this per cent of the training prompts")
     max_train_samples: Count | None = setting(None, "Training prompts to keep")
     max_eval_samples: Count | None = setting(None, "Validation prompts to keep")
-    prompt_template: Literal["alpaca", "chat"] = setting("alpaca", "alpaca: the original's wording; chat: the tokenizer's chat template")
+    prompt_template: str = setting("alpaca", "alpaca: the original's wording; chat: the tokenizer's chat template; or a text with {} where the question goes")
     system_prompt: str | None = setting(None, "System message for conversations that have none; in the alpaca template it is the header")
     on_bad_row: Literal["error", "skip"] = setting("error", "A row that cannot be read ends the run, or is skipped and counted")
     preprocessing_num_workers: Count | None = setting(None, "Processes that fetch and read a hub data set")
@@ -243,6 +249,7 @@ class DataArguments:
 
     def __post_init__(self):
         validate(self)
+        check_template(self.prompt_template)
         if self.dataset_name and self.train_file_dir: raise ValueError("dataset_name and train_file_dir: choose one")
         if self.dataset_config_name and not self.dataset_name: raise ValueError("dataset_config_name needs dataset_name")
 

@@ -9,9 +9,10 @@ __all__ = ['logger', 'CHUNK', 'BLOCK', 'CRITIC', 'REFERENCE', 'VALUE_HEAD', 'Sam
            'takes_position_ids', 'positions', 'use_adapter', 'ActorCritic', 'freeze_copy_of_adapter', 'Policy',
            'lora_targets', 'run_device', 'has_bf16', 'resolve_dtype', 'check_decoder', 'quantization', 'load_lm',
            'lora_config', 'load_adapter_weights', 'with_adapter', 'load_value_head', 'load_policy', 'load_tokenizer',
-           'prepare_tokenizer', 'end_tokens', 'check_model', 'loading', 'save_policy', 'load_weights', 'merge_adapter']
+           'prepare_tokenizer', 'end_tokens', 'check_lengths', 'check_model', 'loading', 'save_policy', 'load_weights',
+           'merge_adapter']
 
-# %% ../nbs/02_models.ipynb #90013fe3
+# %% ../nbs/02_models.ipynb #28aa2ebf
 import inspect
 import logging
 import shutil
@@ -512,7 +513,7 @@ def load_lm(args: ModelArguments,
                                               quantization_config=quant, **common)
     return prepare_model_for_kbit_training(lm, use_gradient_checkpointing=False) if quant else lm
 
-# %% ../nbs/02_models.ipynb #a98a2762
+# %% ../nbs/02_models.ipynb #18f1a479
 VALUE_HEAD = "value_head.safetensors"
 
 def lora_config(lm: PreTrainedModel, args: ModelArguments) -> LoraConfig:
@@ -550,7 +551,7 @@ def load_policy(args: ModelArguments,
     load_value_head(policy, policy.source)
     return policy
 
-# %% ../nbs/02_models.ipynb #2e73163e
+# %% ../nbs/02_models.ipynb #3748386f
 def load_tokenizer(name: str,             # Hub name or folder
                    args: ModelArguments,
 ) -> PreTrainedTokenizerBase:
@@ -572,13 +573,20 @@ def end_tokens(lm: PreTrainedModel | PeftModel, tok: PreTrainedTokenizerBase) ->
     more = [] if more is None else [more] if isinstance(more, int) else more
     return tuple(dict.fromkeys([tok.eos_token_id, *more]))
 
-# %% ../nbs/02_models.ipynb #79c2e368
+def check_lengths(policy: ActorCritic,
+                  max_source_length: int,   # Of prompts, in tokens
+                  max_target_length: int):  # Of answers
+    "`ValueError` if the policy cannot see prompt and answer together."
+    limit, wanted = getattr(policy.lm.config, "max_position_embeddings", None), max_source_length + max_target_length
+    if limit and wanted > limit: raise ValueError(f"max_source_length + max_target_length = {wanted}, but the model reads {limit} tokens")
+
+# %% ../nbs/02_models.ipynb #1058c18f
 def check_model(flag: str, name: str | None): # Setting, and the hub name or folder it was given
     "`ValueError` if nothing was given, or a folder that is not there; what may be a hub name passes."
     if not name: raise ValueError(f"--{flag} is missing")
     if not Path(name).exists() and (name[0] in "./~" or name.count("/") > 1): raise ValueError(f"{flag}={name}: no such folder")
 
-# %% ../nbs/02_models.ipynb #1b43f8d0
+# %% ../nbs/02_models.ipynb #7fbbc6eb
 @contextmanager
 def loading(flag: str, name: str): # Setting, and the hub name or folder it was given
     "Errors inside name the setting."

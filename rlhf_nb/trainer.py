@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['logger', 'PATHS', 'HEADLINES', 'KEPT', 'Experience', 'make_experience', 'micro_batch', 'as_policy', 'as_reward',
            'make_accelerator', 'make_rewards', 'optimizer_class', 'make_optimizer', 'make_leash', 'check_data',
-           'check_lengths', 'Schedule', 'RunError', 'Skips', 'not_finite', 'Parts', 'from_all', 'all_answers', 'means',
-           'recomputed', 'smaller', 'Update', 'deal', 'Verbs', 'rollout_stats', 'ratios', 'distinct_pairs',
-           'update_stats', 'settings_of', 'kind_of_run', 'one_line', 'Files', 'Watched', 'Signals', 'PPOTrainer']
+           'Schedule', 'RunError', 'Skips', 'not_finite', 'Parts', 'from_all', 'all_answers', 'means', 'recomputed',
+           'smaller', 'Update', 'deal', 'Verbs', 'rollout_stats', 'ratios', 'distinct_pairs', 'update_stats',
+           'settings_of', 'kind_of_run', 'one_line', 'Files', 'Watched', 'Signals', 'PPOTrainer']
 
-# %% ../nbs/06_trainer.ipynb #4923d74c
+# %% ../nbs/06_trainer.ipynb #9a8e2aee
 import hashlib
 import json
 import logging
@@ -51,8 +51,8 @@ from transformers.utils import is_bitsandbytes_available
 from .checkpoint import (check_output_dir, check_same, checkpoints, differences, discard, find_checkpoint, keep_newest, random_states,
                                 read_state, set_aside, set_random_states, write_checkpoint)
 from .config import ModelArguments, PPOConfig
-from .data import alpaca_prompt, chat_prompt, with_system
-from .models import (CRITIC, Policy, Sampling, end_tokens, load_lm, load_weights, lora_targets, prepare_tokenizer,
+from .data import preparer
+from .models import (CRITIC, Policy, Sampling, check_lengths, end_tokens, load_lm, load_weights, lora_targets, prepare_tokenizer,
                             resolve_dtype, run_device, save_policy, unwrapped, use_adapter)
 from .ppo import (AdaptiveKL, FixedKL, RunningMoments, approx_kl, explained_variance, gae, importance_weights, keep, kl_penalty, masked_mean,
                          masked_var, policy_loss, shape_scores, token_rewards, value_loss, whiten)
@@ -60,7 +60,7 @@ from .card import model_card
 from .diagnosis import Doctor
 from .logs import answers_table, discard_answers, log_answers, log_settings, save_answers
 from .report import curves, make_view
-from .rewards import RewardModel, Rewards, Scores, as_text, load_reward_model, show
+from .rewards import RewardModel, Rewards, Scores, load_reward_model, show
 from .rollout import Rollout, pad_rows, rollout
 
 # %% ../nbs/06_trainer.ipynb #060e3a91
@@ -177,7 +177,7 @@ def make_leash(args: PPOConfig) -> AdaptiveKL | FixedKL:
     "The KL coefficient."
     return AdaptiveKL(args.init_kl_coef, args.adap_kl_target, args.adap_kl_horizon) if args.adap_kl_ctrl else FixedKL(args.init_kl_coef)
 
-# %% ../nbs/06_trainer.ipynb #cfdd5b68
+# %% ../nbs/06_trainer.ipynb #2259cb64
 def check_data(args: PPOConfig, **datasets: Dataset | None):
     "`ValueError` if prompts are missing."
     if args.do_eval and datasets["eval_dataset"] is None: raise ValueError("do_eval needs validation prompts (eval_dataset)")
@@ -186,11 +186,6 @@ def check_data(args: PPOConfig, **datasets: Dataset | None):
     for name, data in datasets.items():
         if data is not None and "prompt" not in data.column_names:
             raise ValueError(f"{name} has no prompt column; it has {', '.join(data.column_names)}")
-
-def check_lengths(policy: Policy, args: PPOConfig):
-    "`ValueError` if the policy cannot see prompt and answer together."
-    limit, wanted = getattr(policy.lm.config, "max_position_embeddings", None), args.max_source_length + args.max_target_length
-    if limit and wanted > limit: raise ValueError(f"max_source_length + max_target_length = {wanted}, but the model reads {limit} tokens")
 
 # %% ../nbs/06_trainer.ipynb #651a0750
 class Schedule(DefaultFlowCallback):
@@ -227,7 +222,7 @@ def not_finite(rollout: Rollout, scores: Scores) -> str | None: # None: all is
             "values": keep(rollout.values, mask)}
     return next((name for name, x in seen.items() if not x.isfinite().all()), None)
 
-# %% ../nbs/06_trainer.ipynb #6f1b109e
+# %% ../nbs/06_trainer.ipynb #f1e7050f
 class Parts:
     "Models, rewards, optimiser and leash of a run."
     def __init__(self,
@@ -253,7 +248,7 @@ class Parts:
         name = model if isinstance(model, str) else getattr(model, "lm", model).config._name_or_path
         self.processing_class = prepare_tokenizer(processing_class or AutoTokenizer.from_pretrained(name), name)
         policy = as_policy(model, peft_config, dtype, device)
-        check_lengths(policy, args)
+        check_lengths(policy, args.max_source_length, args.max_target_length)
         policy.use_critic(args.critic)
         self.sampling = Sampling(args.temperature, args.min_target_length, end_tokens(policy.lm, self.processing_class))
         self.rewards = make_rewards(reward_funcs, reward_processing_classes, args, dtype, device)
@@ -604,7 +599,7 @@ def update_stats(logprobs: Tensor,  # Of the policy as it is, (n, T)
             "loss/policy_avg": pl, "loss/value_avg": vl, "val/clipfrac_avg": vclipped,
             "val/ratio": masked_mean(ratio, mask), "val/ratio_var": masked_var(ratio, mask, unbiased=False)}
 
-# %% ../nbs/06_trainer.ipynb #5d4780e8
+# %% ../nbs/06_trainer.ipynb #d752d858
 PATHS = {"output_dir", "resume_from_checkpoint"}
 HEADLINES = ["objective/scores", "objective/kl", "tokens/responses", "eval/scores", "eval/kl"]
 KEPT = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "init_kl_coef", "seed"}
@@ -681,9 +676,8 @@ class Files(Verbs):
 
     def card(self, repo: str, curves: bool = False) -> ModelCard: # Its name on the hub, or a folder's; is there a curves.png beside it?
         "The model card, with an example prompt of the kind that the policy was trained on."
-        ask = with_system([dict(role="user", content="What is the sun made of?")], self.data_settings["system_prompt"])
-        by = {"alpaca": alpaca_prompt, "chat": partial(chat_prompt, tokenizer=self.processing_class)}.get(self.data_settings["prompt_template"], as_text)
-        return model_card(self.about(), self.state.log_history, repo, by(ask), curves)
+        ready = preparer(self.data_settings["prompt_template"], self.data_settings["system_prompt"], self.processing_class, None)
+        return model_card(self.about(), self.state.log_history, repo, ready(dict(instruction="What is the sun made of?"), "model card")["prompt"], curves)
 
     def save_checkpoint(self):
         "All that the run needs to go on, under `checkpoint-STEP`."
