@@ -49,27 +49,32 @@ def average(x: list[float]) -> float: # NaN without any
     "The mean."
     return mean(x) if x else math.nan
 
-# %% ../nbs/08_diagnosis.ipynb #f17c3643
+# %% ../nbs/08_diagnosis.ipynb #057911c7
 def negative_kl(past: Past) -> str | None:
+    "Below 0, entry after entry."
     kl = past.last("objective/kl")
     if kl and max(kl) < 0 and mean(kl) < -.5: return f"KL {mean(kl):.1f} nats per answer over the last {len(kl)} entries"
 
 def runaway_kl(past: Past) -> str | None:
+    "Far above its target, or above a nat per token."
     kl, per_token = past.last("objective/kl"), average(past.last("objective/kl")) / average(past.last("tokens/responses"))
     target = past.settings["adap_kl_target"] if past.settings["adap_kl_ctrl"] else math.inf
     if kl and min(kl) > 5 * target: return f"KL {mean(kl):.1f} nats per answer, with adap_kl_target={target:g}"
     if per_token > 1: return f"KL {mean(kl):.1f} nats per answer, {per_token:.1f} per token"
 
-# %% ../nbs/08_diagnosis.ipynb #9a06170c
+# %% ../nbs/08_diagnosis.ipynb #eca1fac0
 def entropy_collapse(past: Past) -> str | None:
+    "Less than a tenth of the entropy at the start is left."
     before, now = past.first("policy/entropy_avg"), average(past.last("policy/entropy_avg"))
     if now < .1 * before: return f"entropy {now:.3f} nats per token; it was {before:.3f}"
 
 def all_alike(past: Past) -> str | None:
+    "Less than a quarter of the different pairs of tokens is left."
     before, now = past.first("tokens/distinct_2"), average(past.last("tokens/distinct_2"))
     if now < .25 * before: return f"distinct pairs of neighbouring tokens are {now:.0%} of all; they were {before:.0%}"
 
 def length_drift(past: Past) -> str | None:
+    "Three times as long as at the start, or a third."
     before, now = past.first("tokens/responses"), average(past.last("tokens/responses"))
     if now > 3 * before or now < before / 3: return f"{now:.0f} tokens per answer; it was {before:.0f}"
 
@@ -79,13 +84,15 @@ def ended(past: Past) -> float: # From 0 to 1
     return average(past.last("val/num_eos_tokens")) / per_update
 
 def never_ends(past: Past) -> str | None:
+    "Every answer is cut."
     if ended(past) == 0: return f"no answer of the last 5 entries ended before max_target_length={past.settings['max_target_length']}"
 
 def ends_at_once(past: Past) -> str | None:
+    "Every answer is about as short as it may be."
     length = average(past.last("tokens/responses"))
     if ended(past) == 1 and length <= max(past.settings["min_target_length"], 1) + 1: return f"every answer ends by itself, after {length:.1f} tokens on average"
 
-# %% ../nbs/08_diagnosis.ipynb #a666df8c
+# %% ../nbs/08_diagnosis.ipynb #102e7c58
 def held_out(past: Past) -> tuple[str, list[float]]: # Its name and its values, oldest first
     "What the score should have raised, too."
     for name, entries in (("eval/rewards/true_reward", past.evaluations), ("rewards/true_reward", past.updates), ("eval/scores", past.evaluations)):
@@ -96,6 +103,7 @@ def held_out(past: Past) -> tuple[str, list[float]]: # Its name and its values, 
     return "", []
 
 def fooled(past: Past) -> str | None:
+    "The score rises, what it stands for falls."
     name, unseen = held_out(past)
     before, now, spread = past.first("objective/scores", 5), average(past.last("objective/scores")), past.first("objective/scores_std", 5)
     if not unseen or not now > before + .5 * spread: return None
@@ -103,27 +111,33 @@ def fooled(past: Past) -> str | None:
     if fall > max(.3 * rise, .05 * abs(max(unseen))): return f"the score rose from {before:.2f} to {now:.2f}, while {name} fell from {max(unseen):.2f} to {unseen[-1]:.2f}"
 
 def scores_alike(past: Past) -> str | None:
+    "Nothing to tell answers apart by."
     spread = past.last("objective/scores_std")
     if spread and max(spread) < 1e-6: return f"all scores of the last {len(spread)} batches are the same"
 
-# %% ../nbs/08_diagnosis.ipynb #37aae2ff
+# %% ../nbs/08_diagnosis.ipynb #c65080cd
 def clipped_much(past: Past) -> str | None:
+    "More than 0.3 of the tokens."
     share = average(past.last("policy/clipfrac_avg"))
     if share > .3: return f"the clip holds at {share:.0%} of the tokens"
 
 def hardly_moves(past: Past) -> str | None:
+    "Nothing clipped, and next to no distance gone."
     moved, clipped = past.last("policy/approxkl_avg", 10), past.last("policy/clipfrac_avg", 10)
     if moved and max(clipped) == 0 and max(moved) < 1e-7: return f"clip fraction 0 and a distance of at most {max(moved):.0e} nats per token in the last 10 entries"
 
 def blind_critic(past: Past) -> str | None:
+    "Values foresee nothing, or do harm."
     foreseen, limit = average(past.last("val/explained_variance", 10)), -1. if past.settings["lam"] == 1 else .05
     if len(past.updates) >= 20 and foreseen < limit: return f"explained variance {foreseen:.2f} over the last 10 entries"
 
 def scale_collapse(past: Past) -> str | None:
+    "fp16's loss scale below 1."
     scale = past.last("policy/loss_scale", 1)
     if scale and scale[0] < 1: return f"fp16's loss scale is {scale[0]:g}"
 
 def skipping(past: Past) -> str | None:
+    "Updates that taught nothing."
     skipped = past.last("val/skipped_updates", 1)
     if skipped and skipped[0] > 0: return f"{skipped[0]:.0f} updates were skipped"
 

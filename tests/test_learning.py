@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 
 from rlhf_nb.cli import demo
+from rlhf_nb.diagnosis import diagnose
 from rlhf_nb.tiny import accuracy, clinic_models, train_clinic
 from rlhf_nb.yardstick import CONTROLS, PEERS, course, first_at, peer, ppo, unseen
 
@@ -20,6 +21,7 @@ def seeds(tmp_path_factory):
         trainer = ppo(tmp_path_factory.mktemp("seed"), seed=seed)
         trainer.train()
         runs.append((unseen(trainer), course(trainer)))
+        assert not diagnose(trainer.state.log_history, vars(trainer.args))
     return runs
 
 
@@ -28,7 +30,7 @@ def test_the_demo_learns_and_says_so(tmp_path, capsys):
     before, after = unseen(trainer)
     assert before <= .65 and after >= before + .15 and trainer.last("objective/kl") > 1
     out = capsys.readouterr().out
-    assert all(text in out for text in ("Answers to unseen questions", "true reward", "tensorboard --logdir"))
+    assert all(text in out for text in ("Answers to unseen questions", "true reward", "curves.png")) and not diagnose(trainer.state.log_history, vars(trainer.args))
     summary = json.loads((tmp_path/"demo"/"summary.json").read_text())
     assert {"true_reward", "score", "kl", "answer_length", "tokens_per_second", "seconds"} <= set(summary)
     assert summary["true_reward"] == dict(before=before, after=after) and summary["kl"]["before"] == 0
