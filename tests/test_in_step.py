@@ -31,7 +31,7 @@ def test_readme_is_the_index_notebook():
 
 
 def test_no_path_of_a_machine():
-    tracked = subprocess.run(["git", "ls-files", "nbs", "rlhf_nb", "tests", "data", "README.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tracked = subprocess.run(["git", "ls-files", "nbs", "rlhf_nb", "tests", "data", "README.md", "README_zh.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     paths = re.compile(r"site-packages|/(?:home|root|Users)/|" + re.escape(str(ROOT)))
     text = [f for f in tracked if Path(f).suffix not in (".safetensors", ".png") and f not in ("tests/notebooks.py", "tests/test_in_step.py")]
     assert not [f for f in text if paths.search((ROOT/f).read_text(encoding="utf-8"))]
