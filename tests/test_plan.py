@@ -40,15 +40,21 @@ def test_parameters_are_those_of_the_loaded_policy(named, of_model, critic):
     assert found["policy"] == sum(p.numel() for p in policy.parameters()) - copy
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-@pytest.mark.parametrize("critic", ["shared", "detached", "adapter"])
-def test_more_takes_more(named, kind, critic):
-    device = CPU if kind == "cpu" else GPUS["T4"]
-    alive = lambda phase, **settings: plan(named, PPOConfig(critic=critic, batch_size=8, **settings), device).phases[phase]
-    assert alive("update", mini_batch_size=8)["activations"] > alive("update", mini_batch_size=2)["activations"]
-    assert alive("update", mini_batch_size=8)["activations"] > alive("update", mini_batch_size=8, gradient_checkpointing=True)["activations"]
-    assert alive("write", max_target_length=400)["cache"] > alive("write")["cache"] > alive("write", rollout_batch_size=2)["cache"]
-    assert alive("score")["activations"] > alive("score", reward_batch_size=1)["activations"]
+@pytest.mark.parametrize("device", [CPU, GPUS["T4"]])
+def test_more_takes_more(named, device):
+    alive = lambda **settings: plan(named, PPOConfig(**dict(batch_size=8, mini_batch_size=8, max_source_length=64, max_target_length=64) | settings), device).phases
+    first, smaller, again, longer = alive(), alive(mini_batch_size=2, rollout_batch_size=2, reward_batch_size=1), alive(gradient_checkpointing=True), alive(max_target_length=200)
+    assert first["update"]["activations"] > smaller["update"]["activations"] and first["update"]["activations"] > again["update"]["activations"]
+    assert longer["write"]["cache"] > first["write"]["cache"] == 4 * smaller["write"]["cache"]
+    assert first["score"]["activations"] > smaller["score"]["activations"]
+
+
+@pytest.mark.parametrize("of_model, settings", [(dict(use_peft=False), {}), ({}, dict(critic="adapter")), ({}, dict(rollout_int8=True, torch_dtype="bfloat16")),
+                                                ({}, dict(optim="adamw_8bit")), (dict(load_in_4bit=True), dict(ent_coef=.1))])
+def test_what_a_run_may_be_set_to_can_be_planned(named, of_model, settings):
+    for device in (CPU, GPUS["A100"]):
+        found = plan(replace(named, **of_model), PPOConfig(max_source_length=16, max_target_length=16, **settings), device)
+        assert found.peak > sum(found.parameters[m] for m in ("policy", "reward"))
 
 
 @linux
