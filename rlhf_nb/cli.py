@@ -6,10 +6,10 @@
 __all__ = ['logger', 'HELP_AT', 'DEMO', 'COMMANDS', 'Parser', 'kind', 'ProgramArguments', 'train_parser', 'make_trainer',
            'print_settings', 'announce', 'tell_what_next', 'stop_if_told', 'train', 'DemoArguments', 'as_flags',
            'demo_parser', 'demo_settings', 'answers_to', 'demo', 'merge_parser', 'merge', 'chat_parser', 'chat',
-           'eval_parser', 'eval_', 'ReportArguments', 'report_parser', 'report', 'completion_parser', 'completion',
-           'StandardError', 'quiet_libraries', 'main']
+           'eval_parser', 'eval_', 'PlanArguments', 'plan_parser', 'plan', 'ReportArguments', 'report_parser', 'report',
+           'completion_parser', 'completion', 'StandardError', 'quiet_libraries', 'main']
 
-# %% ../nbs/10_cli.ipynb #fb7c6156
+# %% ../nbs/10_cli.ipynb #a1db07c3
 import argparse
 import json
 import logging
@@ -43,6 +43,7 @@ from .config import DataArguments, MergeArguments, ModelArguments, PPOConfig, se
 from .data import find_files, load_prompts
 from .models import check_model, load_policy, load_tokenizer, loading, merge_adapter, resolve_dtype, run_device
 from .page import write_report
+from .plan import GPUS, plan_text
 from .report import curves, samples_table, summarise, summary_table
 from .rewards import load_reward_model
 from .rollout import Rollout
@@ -297,6 +298,20 @@ def eval_(argv: list[str]):
         save_rows(rows, args.output_file)
         logger.info("Saved to %s", args.output_file)
 
+# %% ../nbs/10_cli.ipynb #56f8db6f
+@dataclass
+class PlanArguments:
+    "Where it would run."
+    gpu: str | None = setting(None, f"{', '.join(GPUS)}; default: this machine")
+
+def plan_parser() -> Parser: return train_parser("plan", "What a run would need, before anything is loaded.", PlanArguments)
+
+def plan(argv: list[str]):
+    "Memory, time and what to change, before anything is loaded."
+    model_args, data_args, args, program, where = plan_parser().read(argv)
+    if program.dry_run: return print_settings(model_args, data_args, args)
+    Console().print(plan_text(model_args, args, where.gpu))
+
 # %% ../nbs/10_cli.ipynb #8cb0aaba
 @dataclass
 class ReportArguments:
@@ -324,8 +339,8 @@ def completion(argv: list[str]):
     for name, (parser, command) in COMMANDS.items(): commands.add_parser(name, parents=[parser()], add_help=False, conflict_handler="resolve", help=command.__doc__)
     print(shtab.complete(top, names.shell))
 
-# %% ../nbs/10_cli.ipynb #0f065e7e
-COMMANDS = dict(train=(train_parser, train), demo=(demo_parser, demo), report=(report_parser, report), chat=(chat_parser, chat), eval=(eval_parser, eval_), merge=(merge_parser, merge),
+# %% ../nbs/10_cli.ipynb #895599fe
+COMMANDS = dict(train=(train_parser, train), demo=(demo_parser, demo), plan=(plan_parser, plan), report=(report_parser, report), chat=(chat_parser, chat), eval=(eval_parser, eval_), merge=(merge_parser, merge),
                 completion=(completion_parser, completion))
 
 class StandardError(logging.StreamHandler):

@@ -24,7 +24,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs
 def named(tiny): return ModelArguments(model_name_or_path=str(tiny[0]), reward_model_name_or_path=str(tiny[1]))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
