@@ -66,7 +66,7 @@ def test_80_columns_are_enough(named):
 
 
 @linux
-@pytest.mark.parametrize("name", ["small, LoRA", "small, use_peft False"])
+@pytest.mark.parametrize("name", ["small, LoRA", pytest.param("small, use_peft False", marks=pytest.mark.slow)])
 def test_within_15_per_cent_of_the_measured_peak_small(name, tmp_path_factory):
     check(name, tmp_path_factory)
 
