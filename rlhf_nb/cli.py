@@ -9,7 +9,7 @@ __all__ = ['logger', 'HELP_AT', 'DEMO', 'COMMANDS', 'Parser', 'kind', 'ProgramAr
            'eval_parser', 'eval_', 'PlanArguments', 'plan_parser', 'plan', 'ReportArguments', 'report_parser', 'report',
            'completion_parser', 'completion', 'StandardError', 'quiet_libraries', 'main']
 
-# %% ../nbs/10_cli.ipynb #a1db07c3
+# %% ../nbs/10_cli.ipynb #4a7d6ddd
 import argparse
 import json
 import logging
@@ -20,7 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -33,6 +33,7 @@ from accelerate.utils import set_seed
 from datasets import disable_progress_bars
 from huggingface_hub.utils import logging as huggingface_hub_logging
 from rich.console import Console
+from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
@@ -128,7 +129,7 @@ def train_parser(command: str = "train", description: str = "PPO on your prompts
     "Everything that a run can be told."
     return Parser(command, description, (ModelArguments, DataArguments, PPOConfig, ProgramArguments, *more))
 
-# %% ../nbs/10_cli.ipynb #f392eac8
+# %% ../nbs/10_cli.ipynb #7e002a12
 def make_trainer(model_args: ModelArguments,
                  data_args: DataArguments,
                  args: PPOConfig,
@@ -161,7 +162,7 @@ def make_trainer(model_args: ModelArguments,
 
 def print_settings(*parts: Any): # Instances of the classes of settings
     "All of them as YAML."
-    told = {k: v for part in parts for k, v in asdict(part).items() if v is not None}
+    told = {f.name: getattr(part, f.name) for part in parts for f in fields(part) if getattr(part, f.name) is not None or f.default is not None}
     dtype = str(resolve_dtype(told["torch_dtype"], run_device())).removeprefix("torch.")
     print(f"# torch_dtype {told['torch_dtype']} is {dtype} on this {run_device().type}\n{yaml.safe_dump(told, sort_keys=False, allow_unicode=True)}", end="")
 
@@ -339,7 +340,7 @@ def completion(argv: list[str]):
     for name, (parser, command) in COMMANDS.items(): commands.add_parser(name, parents=[parser()], add_help=False, conflict_handler="resolve", help=command.__doc__)
     print(shtab.complete(top, names.shell))
 
-# %% ../nbs/10_cli.ipynb #895599fe
+# %% ../nbs/10_cli.ipynb #0ed82f43
 COMMANDS = dict(train=(train_parser, train), demo=(demo_parser, demo), plan=(plan_parser, plan), report=(report_parser, report), chat=(chat_parser, chat), eval=(eval_parser, eval_), merge=(merge_parser, merge),
                 completion=(completion_parser, completion))
 
@@ -372,8 +373,13 @@ def main(argv: list[str] | None = None): # Default: the program's own
     top.add_argument("--version", action="version", version=f"rlhf-nb {__version__}")
     command = top.parse_args(argv[:1]).command
     if command is None: return top.print_help()
-    debug, quiet, rest = "--debug" in argv, "--quiet" in argv, [a for a in argv[1:] if a not in ("--debug", "--quiet")]
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--debug", "--quiet"): own.add_argument(flag, type=string_to_bool, nargs="?", const=True, default=False)
+    told, rest = own.parse_known_args(argv[1:])
+    debug, quiet = told.debug, told.quiet
     quiet_libraries(quiet)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     parser, run = COMMANDS[command]
     if quiet and any(f.name == "disable_tqdm" for c in parser().dataclass_types for f in fields(c)): rest += ["--disable_tqdm", "True"]
     try: run(rest)

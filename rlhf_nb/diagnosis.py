@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 # %% ../nbs/08_diagnosis.ipynb #028e89b9
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/08_diagnosis.ipynb #4e9b3163
+# %% ../nbs/08_diagnosis.ipynb #3efe9fec
 class Finding(NamedTuple):
     "Something that may be wrong in a run."
     name: str
@@ -35,6 +35,12 @@ class Past:
                  settings: dict[str, Any]):     # Of `PPOConfig`
         self.settings, self.updates = settings, [e for e in history if "objective/scores" in e]
         self.evaluations = [e for e in history if "eval/scores" in e]
+
+    @property
+    def passes(self) -> int:
+        "Optimiser steps of an update: with one, the policy that is trained is the one that wrote the answers."
+        s = self.settings
+        return s["num_ppo_epochs"] * math.ceil(s["batch_size"] / (s["mini_batch_size"] * s["gradient_accumulation_steps"]))
 
     def first(self, name: str, n: int = 3) -> float: # NaN where it was never logged
         "A metric's mean over the first entries."
@@ -62,7 +68,7 @@ def runaway_kl(past: Past) -> str | None:
     if kl and min(kl) > 5 * target: return f"KL {mean(kl):.1f} nats per answer, with adap_kl_target={target:g}"
     if per_token > 1: return f"KL {mean(kl):.1f} nats per answer, {per_token:.1f} per token"
 
-# %% ../nbs/08_diagnosis.ipynb #eca1fac0
+# %% ../nbs/08_diagnosis.ipynb #ecbfb01e
 def entropy_collapse(past: Past) -> str | None:
     "Less than a tenth of the entropy at the start is left."
     before, now = past.first("policy/entropy_avg"), average(past.last("policy/entropy_avg"))
@@ -80,7 +86,7 @@ def length_drift(past: Past) -> str | None:
 
 def ended(past: Past) -> float: # From 0 to 1
     "The share of answers that ended by themselves, lately."
-    per_update = average([e["episode"] / e["step"] for e in past.updates[-1:]])
+    per_update = average([e["episode"] / e["step"] for e in past.updates[-1:] if "episode" in e])
     return average(past.last("val/num_eos_tokens")) / per_update
 
 def never_ends(past: Past) -> str | None:
@@ -89,17 +95,17 @@ def never_ends(past: Past) -> str | None:
 
 def ends_at_once(past: Past) -> str | None:
     "Every answer is about as short as it may be."
-    length = average(past.last("tokens/responses"))
-    if ended(past) == 1 and length <= max(past.settings["min_target_length"], 1) + 1: return f"every answer ends by itself, after {length:.1f} tokens on average"
+    before, now = past.first("tokens/responses"), average(past.last("tokens/responses"))
+    if ended(past) == 1 and now <= max(past.settings["min_target_length"], 1) + 1 < before: return f"every answer ends by itself, after {now:.1f} tokens on average; it was {before:.1f}"
 
-# %% ../nbs/08_diagnosis.ipynb #102e7c58
+# %% ../nbs/08_diagnosis.ipynb #305898db
 def held_out(past: Past) -> tuple[str, list[float]]: # Its name and its values, oldest first
     "What the score should have raised, too."
     for name, entries in (("eval/rewards/true_reward", past.evaluations), ("rewards/true_reward", past.updates), ("eval/scores", past.evaluations)):
         values = [e[name] for e in entries if name in e]
         width = max(1, len(values) // 10) if entries is past.updates else 1
         means = [mean(values[i:i + width]) for i in range(0, len(values) - width + 1, width)]
-        if len(means) > 2: return name, means
+        if len(means) > 2 or len(means) == 2 and entries is past.evaluations: return name, means
     return "", []
 
 def fooled(past: Past) -> str | None:
@@ -107,15 +113,15 @@ def fooled(past: Past) -> str | None:
     name, unseen = held_out(past)
     before, now, spread = past.first("objective/scores", 5), average(past.last("objective/scores")), past.first("objective/scores_std", 5)
     if not unseen or not now > before + .5 * spread: return None
-    fall, rise = max(unseen) - mean(unseen[-2:]), max(unseen) - unseen[0]
+    fall, rise = max(unseen) - mean(unseen[-2:] if len(unseen) > 2 else unseen[-1:]), max(unseen) - unseen[0]
     if fall > max(.3 * rise, .05 * abs(max(unseen))): return f"the score rose from {before:.2f} to {now:.2f}, while {name} fell from {max(unseen):.2f} to {unseen[-1]:.2f}"
 
 def scores_alike(past: Past) -> str | None:
     "Nothing to tell answers apart by."
-    spread = past.last("objective/scores_std")
-    if spread and max(spread) < 1e-6: return f"all scores of the last {len(spread)} batches are the same"
+    spread, scores = past.last("objective/scores_std"), past.last("objective/scores")
+    if spread and max(spread) < 1e-6 and max(scores) - min(scores) < 1e-6: return f"all scores of the last {len(spread)} batches are the same"
 
-# %% ../nbs/08_diagnosis.ipynb #c65080cd
+# %% ../nbs/08_diagnosis.ipynb #9c817f2f
 def clipped_much(past: Past) -> str | None:
     "More than 0.3 of the tokens."
     share = average(past.last("policy/clipfrac_avg"))
@@ -124,6 +130,8 @@ def clipped_much(past: Past) -> str | None:
 def hardly_moves(past: Past) -> str | None:
     "Nothing clipped, and next to no distance gone."
     moved, clipped = past.last("policy/approxkl_avg", 10), past.last("policy/clipfrac_avg", 10)
+    learning = [e for e in past.updates[-10:] if e["step"] > past.settings["critic_warmup_steps"]]
+    if len(learning) < 10 or past.passes == 1: return None
     if moved and max(clipped) == 0 and max(moved) < 1e-7: return f"clip fraction 0 and a distance of at most {max(moved):.0e} nats per token in the last 10 entries"
 
 def blind_critic(past: Past) -> str | None:
@@ -198,10 +206,13 @@ def findings_now(history: list[dict],
     seen = [(rule, rule.look(past)) for rule in RULES if rule.name not in known]
     return [Finding(rule.name, saw, rule.why, rule.change, history[-1]["step"]) for rule, saw in seen if saw]
 
-# %% ../nbs/08_diagnosis.ipynb #6cc9253c
+# %% ../nbs/08_diagnosis.ipynb #d5c69b87
 class Doctor(TrainerCallback):
     "Warns of what it finds in the log of the run at hand."
     def __init__(self): self.known: dict[str, Finding] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.known |= {finding.name: finding for finding in diagnose(state.log_history, vars(args))}
 
     def on_log(self, args, state, control, **kwargs):
         for finding in findings_now(state.log_history, vars(args), self.known):

@@ -21,20 +21,21 @@ from .report import plain, shown
 from .rewards import Scores, as_text
 from .rollout import Rollout
 
-# %% ../nbs/08_logs.ipynb #07a01230
+# %% ../nbs/08_logs.ipynb #eaf701e3
 def answers_table(rollout: Rollout,
                   scores: Scores,
                   step: int,      # PPO updates done
 ) -> pd.DataFrame:
     "What was asked, answered and scored; KL in nats, length in tokens."
-    asked = [row.get("question", prompt) for row, prompt in zip(rollout.rows, rollout.prompts)]
+    is_question = lambda q: isinstance(q, str) or isinstance(q, list) and q and isinstance(q[-1], dict)
+    asked = [q if is_question(q := row.get("question")) else prompt for row, prompt in zip(rollout.rows, rollout.prompts)]
     n, kl = len(asked), keep(rollout.logprobs - rollout.ref_logprobs, rollout.response_mask).sum(1)
     each = {f"reward/{k}": v[:n].tolist() for k, v in scores.by_name.items()} if len(scores.by_name) > 1 else {}
     return pd.DataFrame(dict(step=step, prompt=[as_text(q) for q in asked], completion=rollout.completions,
                              score=scores.total[:n].tolist(), **each, kl=kl[:n].tolist(), length=rollout.response_mask.sum(1)[:n].tolist(),
                              ended=rollout.ended[:n].tolist()))
 
-# %% ../nbs/08_logs.ipynb #0154bc97
+# %% ../nbs/08_logs.ipynb #9e3e8844
 def save_answers(table: pd.DataFrame, # From `answers_table`
                  output_dir: str | Path,
                  kind: str,           # "completions" or "eval"
@@ -48,10 +49,12 @@ def save_answers(table: pd.DataFrame, # From `answers_table`
         aside.replace(path)
     finally: aside.unlink(missing_ok=True)
 
-def discard_answers(output_dir: str | Path):
+def discard_answers(output_dir: str | Path,
+                    after: int = -1): # Those of later updates only
     "Delete the answers of an earlier run."
-    for kind in ("completions", "eval"):
-        for path in (Path(output_dir)/"completions").glob(f"{kind}_[0-9]*.parquet"): path.unlink()
+    for path in (Path(output_dir)/"completions").glob("*.parquet"):
+        name = re.fullmatch(r"(completions|eval)_(\d+)", path.stem)
+        if name and int(name[2]) > after: path.unlink()
 
 # %% ../nbs/08_logs.ipynb #b5360f8a
 def as_markdown(table: pd.DataFrame) -> str:
@@ -60,20 +63,21 @@ def as_markdown(table: pd.DataFrame) -> str:
     rows = [table.columns, ["---"] * len(table.columns), *([shown(x) for x in row] for row in table.itertuples(index=False))]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
-# %% ../nbs/08_logs.ipynb #a9678f9f
+# %% ../nbs/08_logs.ipynb #30922c71
 def log_answers(tracker: GeneralTracker,           # Accelerate's
                 name: str,                         # Of the table
-                table: pd.DataFrame,               # From `answers_table`
+                table: pd.DataFrame | None,        # From `answers_table`, if answers are kept
                 spread: dict[str, Tensor],         # By name, of any shape
                 step: int):
     "Answers as a table, and how numbers are spread as histograms."
     known = {f"spread/{k}": x[x.isfinite()].float().cpu().numpy() for k, x in spread.items() if x.isfinite().any()}
     if tracker.name == "tensorboard":
-        tracker.writer.add_text(f"answers/{name}", as_markdown(pd.DataFrame(shown(table))), step)
+        if table is not None: tracker.writer.add_text(f"answers/{name}", as_markdown(pd.DataFrame(shown(table))), step)
         for k, x in known.items(): tracker.writer.add_histogram(k, x, step)
     else:
         library = importlib.import_module(tracker.name)
-        tracker.log({f"answers/{name}": library.Table(dataframe=table)} | {k: library.Histogram(x) for k, x in known.items()}, step=step)
+        answers = {} if table is None else {f"answers/{name}": library.Table(dataframe=table)}
+        tracker.log(answers | {k: library.Histogram(x) for k, x in known.items()}, step=step)
 
 # %% ../nbs/08_logs.ipynb #5b525eeb
 def log_settings(tracker: GeneralTracker,  # Accelerate's

@@ -8,7 +8,7 @@ __all__ = ['GPUS', 'PRODUCTS', 'PACKINGS', 'HEAP', 'SMALL', 'QUANTISED', 'REPLAY
            'bare_policy', 'quantised', 'bare_reward', 'count', 'Memory', 'bytes_of', 'as_fake', 'CudaNorms',
            'Rehearsal', 'heap', 'least', 'Plan', 'plan', 'changes', 'advice', 'plan_table', 'time_line', 'plan_text']
 
-# %% ../nbs/10_plan.ipynb #c642b594
+# %% ../nbs/10_plan.ipynb #9c3fcc89
 import ctypes
 import json
 import subprocess
@@ -20,13 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from difflib import get_close_matches
-from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
 import psutil
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from rich import box
 from rich.console import Group
 from rich.table import Table

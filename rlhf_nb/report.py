@@ -6,16 +6,16 @@
 __all__ = ['MEASURED', 'PANELS', 'SHOWN', 'plain', 'samples_table', 'summarise', 'summary_table', 'Chart', 'draw', 'curves',
            'so_far', 'View', 'Lines', 'sparkline', 'Block', 'shown', 'Page', 'answers_html', 'Notebook', 'make_view']
 
-# %% ../nbs/08_report.ipynb #e8601197
+# %% ../nbs/08_report.ipynb #8101e3d7
 import base64
 import html
 import io
+import math
 import re
 import sys
 import time
 from collections.abc import Callable
 from statistics import mean
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback
 
 # %% ../nbs/08_report.ipynb #2dd6cc4a
 def plain(text: str, # What a model wrote
@@ -101,14 +101,14 @@ def curves(history: list[dict],            # `trainer.state.log_history`
         axis.set(title=title, xlabel="PPO update")
     return figure
 
-# %% ../nbs/08_report.ipynb #043d96dc
+# %% ../nbs/08_report.ipynb #83e4a5bb
 SHOWN = {"score": "objective/scores", "true reward": "rewards/true_reward", "KL": "objective/kl", "length": "tokens/responses",
          "unseen score": "eval/scores", "unseen true reward": "eval/rewards/true_reward"}
 
 def so_far(history: list[dict], # `trainer.state.log_history`
 ) -> dict[str, list[float]]:    # Oldest first
     "The values of what is shown."
-    found = {name: [e[key] for e in history if key in e] for name, key in SHOWN.items()}
+    found = {name: [e[key] for e in history if math.isfinite(e.get(key, math.nan))] for name, key in SHOWN.items()}
     return {name: values for name, values in found.items() if values}
 
 # %% ../nbs/08_report.ipynb #b983d3ea
@@ -163,14 +163,15 @@ def sparkline(values: list[float], # Finite
     low, high = min(cells, default=0.), max(cells, default=0.)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (x - low) / (high - low)) if high > low else 0] for x in cells)
 
-# %% ../nbs/08_report.ipynb #5e932eaa
+# %% ../nbs/08_report.ipynb #efa01daa
 class Block(View):
     "A live block in a terminal."
     def __init__(self, answers: Callable[[], pd.DataFrame | None], console: Console):
         super().__init__(answers)
-        self.live = Live(console=console, auto_refresh=False, vertical_overflow="ellipsis")
+        self.console = console
 
     def __enter__(self) -> "Block":
+        self.live = Live(console=self.console, auto_refresh=False, vertical_overflow="ellipsis", redirect_stdout=sys.stdout.isatty())
         self.live.start()
         return super().__enter__()
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from safetensors.torch import load_file
 from test_cli import history, rlhf_nb, short
@@ -41,6 +42,9 @@ def test_two_ranks_train_like_one(tiny, tmp_path, more):
     for file in files:
         two, one = (load_file(tmp_path/run/file) for run in ("two", "one"))
         assert max((two[k] - one[k]).abs().max() for k in one) < 1e-5, file
+    for name, n in (("completions_00001", 8), ("eval_00000", 5)):
+        two, one = (pd.read_parquet(tmp_path/run/"completions"/f"{name}.parquet") for run in ("two", "one"))
+        assert len(one) == n and two[["prompt", "completion", "length"]].equals(one[["prompt", "completion", "length"]]), name
 
 
 MIXED = """

@@ -285,3 +285,20 @@ def test_the_seed_is_the_checkpoints(tmp_path, straight):
     other = make(tmp_path/"run", seed=7)
     other.train(resume_from_checkpoint=True)
     assert equal(weights(other), weights(straight))
+
+
+def test_answers_of_updates_that_are_done_again_go(tmp_path):
+    make(tmp_path).train()
+    steps = lambda: sorted({int(p.stem.split("_")[1]) for p in (tmp_path/"completions").glob("*.parquet")})
+    assert max(steps()) == make(tmp_path).args.max_steps
+    trainer = make(tmp_path)
+    trainer.load_checkpoint(tmp_path/"checkpoint-2")
+    assert max(steps()) == 2
+
+
+def test_overwriting_leaves_nothing_of_the_earlier_model(tmp_path):
+    make(tmp_path).train()
+    (tmp_path/"mine.txt").touch()
+    make(tmp_path, overwrite_output_dir=True).clear_output_dir()
+    assert {p.name for p in tmp_path.iterdir() if p.is_file()} <= {"mine.txt", "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert not list(tmp_path.glob("checkpoint-*")) and not list((tmp_path/"completions").iterdir())
