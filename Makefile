@@ -10,11 +10,11 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q tests/test_in_step.py
-	$(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest -q tests
 
 test-slow: $(READY)
-	$(BIN)/nbdev_test --n_workers 2 --flags slow
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --flags slow
 	$(BIN)/python -m pytest -q tests --slow
 
 bench: $(READY) $(PEER)/.ready
