@@ -39,14 +39,14 @@ def card_data(about: dict[str, Any], # What `run.json` holds
     data = hub_name(about["data"].get("dataset_name"))
     return ModelCardData(base_model=base, library_name="peft" if adapter else "transformers", pipeline_tag="text-generation", tags=tags, datasets=[data] if data else None)
 
-# %% ../nbs/08_card.ipynb #f8c119f0
+# %% ../nbs/08_card.ipynb #21e21112
 CARD = """---
 {{ card_data }}
 ---
 
 # {{ name }}
 
-{% if model.adapter %}A LoRA adapter for{% else %}A fine-tuned{% endif %} {{ base }}, trained with PPO on {{ "{:,}".format(data.train_prompts) }} prompts to answer so that {{ rewards }} likes it, while a KL penalty kept it near where it began.
+{% if model.adapter %}A LoRA adapter for{% else %}A fine-tuned{% endif %} {{ base }}, trained with PPO on {{ "{:,}".format(data.train_prompts) }} prompts towards a higher score by {{ rewards }}, while a KL penalty kept it near where it began.
 
 ## How to load it
 

@@ -615,7 +615,7 @@ def update_stats(logprobs: Tensor,  # Of the policy as it is, (n, T)
             "loss/policy_avg": pl, "loss/value_avg": vl, "val/clipfrac_avg": vclipped,
             "val/ratio": masked_mean(ratio, mask), "val/ratio_var": masked_var(ratio, mask, unbiased=False)}
 
-# %% ../nbs/06_trainer.ipynb #063b73c1
+# %% ../nbs/06_trainer.ipynb #93d13d48
 PATHS = {"output_dir", "resume_from_checkpoint"}
 
 def settings_of(args: PPOConfig) -> dict[str, Any]:
@@ -663,7 +663,8 @@ class Files(Verbs):
     def about(self) -> dict[str, Any]:
         "What the run is, for whoever finds its folder."
         policy, weights, count = unwrapped(self.policy.lm), [*self.policy.parameters()], lambda data: 0 if data is None else len(data)
-        names = [f.model.config._name_or_path if isinstance(f, RewardModel) else name for f, name in zip(self.rewards.funcs, self.rewards.names)]
+        counted = [(f, name) for f, name, weight in zip(self.rewards.funcs, self.rewards.names, self.rewards.weights) if weight]
+        names = [f.model.config._name_or_path if isinstance(f, RewardModel) else name for f, name in counted]
         model = dict(policy=policy.config._name_or_path, rewards=names, adapter=isinstance(self.policy.lm, PeftModel),
                      parameters=sum(p.numel() for p in weights), trained=sum(p.numel() for p in self.trained))
         data = dict(train_prompts=count(self.train_dataset), eval_prompts=count(self.eval_dataset), **self.data_settings)

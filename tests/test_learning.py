@@ -1,5 +1,6 @@
 "Does the policy become better, by a reward that it never sees?"
 import json
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -31,6 +32,7 @@ def test_the_demo_learns_and_says_so(tmp_path, capsys):
     assert before <= .65 and after >= before + .15 and trainer.last("objective/kl") > 1
     out = capsys.readouterr().out
     assert all(text in out for text in ("Answers to unseen questions", "true reward", "curves.png")) and not diagnose(trainer.state.log_history, vars(trainer.args))
+    assert [Path(name).name for name in json.loads((tmp_path/"demo"/"run.json").read_text())["model"]["rewards"]] == ["reward"], "the true reward has no weight"
     summary = json.loads((tmp_path/"demo"/"summary.json").read_text())
     assert {"true_reward", "score", "kl", "answer_length", "tokens_per_second", "seconds"} <= set(summary)
     assert summary["true_reward"] == dict(before=before, after=after) and summary["kl"]["before"] == 0
