@@ -54,7 +54,7 @@ from .trainer import PPOTrainer, RunError
 # %% ../nbs/10_cli.ipynb #b93ea544
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/10_cli.ipynb #5c06c420
+# %% ../nbs/10_cli.ipynb #c58f0a62
 HELP_AT = 38 # Column
 
 class Parser(TrlParser):
@@ -63,7 +63,7 @@ class Parser(TrlParser):
                  command: str,
                  description: str,
                  dataclasses: tuple[type, ...],    # Of settings
-                 names: dict[str, str | int] = {}): # What comes before the settings, and how many: "?", "+" or None for one
+                 names: dict[str, str | None] = {}): # What comes before the settings, and how many: "?", "+" or None for one
         super().__init__(dataclasses, prog=f"rlhf-nb {command}", description=description, allow_abbrev=False)
         for name, n in names.items(): self.add_argument(name, nargs=n, metavar=name.upper())
         self.names = names
@@ -91,7 +91,7 @@ class Parser(TrlParser):
     def format_help(self) -> str:
         "The settings by groups, each with what it takes, what it does and its default."
         width = min(shutil.get_terminal_size().columns, 120)
-        names = "".join(f" [{n.upper()} ...]" if k == "*" else f" [{n.upper()}]" if k == "?" else f" {n.upper()}" + " ..." * (k == "+") for n, k in self.names.items())
+        names = "".join(f" [{n.upper()}]" if k == "?" else f" {n.upper()}" + " ..." * (k == "+") for n, k in self.names.items())
         text = f"usage: {self.prog}{names} [--setting value ...]\n\n{self.description}\n"
         for title, group in self.groups():
             text += f"\n{title}\n"

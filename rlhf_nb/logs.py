@@ -56,11 +56,11 @@ def discard_answers(output_dir: str | Path,
         name = re.fullmatch(r"(completions|eval)_(\d+)", path.stem)
         if name and int(name[2]) > after: path.unlink()
 
-# %% ../nbs/08_logs.ipynb #b5360f8a
+# %% ../nbs/08_logs.ipynb #66bbb6b8
 def as_markdown(table: pd.DataFrame) -> str:
     "A Markdown table; texts are shown as they are."
-    shown = lambda x: f"{x:.3f}" if isinstance(x, float) else re.sub(r"([\\`*_{}\[\]<>()#+!|~-])", r"\\\1", plain(str(x), 1000)).replace("\n", " ")
-    rows = [table.columns, ["---"] * len(table.columns), *([shown(x) for x in row] for row in table.itertuples(index=False))]
+    cell = lambda x: f"{x:.3f}" if isinstance(x, float) else re.sub(r"([\\`*_{}\[\]<>()#+!|~-])", r"\\\1", plain(str(x), 1000)).replace("\n", " ")
+    rows = [table.columns, ["---"] * len(table.columns), *([cell(x) for x in row] for row in table.itertuples(index=False))]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 # %% ../nbs/08_logs.ipynb #30922c71

@@ -9,8 +9,8 @@ __all__ = ['logger', 'CHUNK', 'BLOCK', 'CRITIC', 'REFERENCE', 'VALUE_HEAD', 'Sam
            'takes_position_ids', 'positions', 'use_adapter', 'ActorCritic', 'freeze_copy_of_adapter', 'Policy',
            'lora_targets', 'run_device', 'has_bf16', 'resolve_dtype', 'check_decoder', 'quantization', 'load_lm',
            'lora_config', 'load_adapter_weights', 'with_adapter', 'load_value_head', 'load_policy', 'load_tokenizer',
-           'prepare_tokenizer', 'end_tokens', 'check_lengths', 'check_model', 'loading', 'save_policy', 'load_weights',
-           'merge_adapter']
+           'prepare_tokenizer', 'end_tokens', 'check_lengths', 'hub_name', 'check_model', 'loading', 'save_policy',
+           'load_weights', 'merge_adapter']
 
 # %% ../nbs/02_models.ipynb #28aa2ebf
 import inspect
@@ -580,11 +580,15 @@ def check_lengths(policy: ActorCritic,
     limit, wanted = getattr(policy.lm.config, "max_position_embeddings", None), max_source_length + max_target_length
     if limit and wanted > limit: raise ValueError(f"max_source_length + max_target_length = {wanted}, but the model reads {limit} tokens")
 
-# %% ../nbs/02_models.ipynb #1058c18f
+# %% ../nbs/02_models.ipynb #128416af
+def hub_name(name: str | None) -> str | None:
+    "A model's name where it may be one on the hub; `None` for a folder of this machine."
+    return name if name and not Path(name).exists() and name[0] not in "./~" and name.count("/") < 2 else None
+
 def check_model(flag: str, name: str | None): # Setting, and the hub name or folder it was given
     "`ValueError` if nothing was given, or a folder that is not there; what may be a hub name passes."
     if not name: raise ValueError(f"--{flag} is missing")
-    if not Path(name).exists() and (name[0] in "./~" or name.count("/") > 1): raise ValueError(f"{flag}={name}: no such folder")
+    if not (Path(name).exists() or hub_name(name)): raise ValueError(f"{flag}={name}: no such folder")
 
 # %% ../nbs/02_models.ipynb #7fbbc6eb
 @contextmanager

@@ -12,10 +12,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_cli import run, short
 
-from rlhf_nb.cli import main
+from rlhf_nb.checkpoint import PICKLES
 from rlhf_nb.report import samples_table
 
-PICKLE = (".bin", ".pt", ".pth", ".pkl")
 
 
 class Code:
@@ -38,23 +37,23 @@ def test_bin_weights_are_read_but_their_code_is_not_run(tiny, tmp_path, capsys):
     mark = tmp_path/"mark"
     for name, flags in (("reward", (policy, with_bin_weights(reward, tmp_path/"bad_reward", x=Code(mark)))),
                         ("policy", (with_bin_weights(policy, tmp_path/"bad_policy", x=Code(mark)), reward))):
-        with pytest.raises(SystemExit) as stop: main([str(f) for f in short(*flags, tmp_path/"out")])
+        with pytest.raises(SystemExit) as stop: run(*short(*flags, tmp_path/"out"))
         err = capsys.readouterr().err
         assert stop.value.code == 2 and f"bad_{name}" in err and "would run code" in err and not mark.exists() and not (tmp_path/"out").exists()
 
 
 def test_a_pickle_in_a_checkpoint_is_refused(tiny, tmp_path, capsys):
     run(*short(*tiny, tmp_path/"run", "--max_steps", 1))
-    assert not [p for p in (tmp_path/"run").rglob("*") if p.suffix in PICKLE]
+    assert not [p for p in (tmp_path/"run").rglob("*") if p.suffix in PICKLES]
     torch.save({}, tmp_path/"run"/"checkpoint-1"/"optimizer.pt")
-    with pytest.raises(SystemExit) as stop: main([str(f) for f in short(*tiny, tmp_path/"run", "--resume_from_checkpoint", tmp_path/"run"/"checkpoint-1")])
+    with pytest.raises(SystemExit) as stop: run(*short(*tiny, tmp_path/"run", "--resume_from_checkpoint", tmp_path/"run"/"checkpoint-1"))
     assert stop.value.code == 2 and "optimizer.pt may be a pickle" in capsys.readouterr().err
 
 
 def test_yaml_makes_no_objects(tiny, tmp_path, capsys):
     mark, config = tmp_path/"mark", tmp_path/"run.yaml"
     config.write_text(f"batch_size: !!python/object/apply:os.system ['touch {mark}']")
-    with pytest.raises(SystemExit) as stop: main([str(f) for f in short(*tiny, tmp_path/"out", "--config", config)])
+    with pytest.raises(SystemExit) as stop: run(*short(*tiny, tmp_path/"out", "--config", config))
     assert stop.value.code == 2 and "run.yaml" in capsys.readouterr().err and not mark.exists()
 
 
