@@ -49,6 +49,7 @@ from .report import curves, samples_table, summarise, summary_table
 from .rewards import load_reward_model
 from .rollout import Rollout
 from .tiny import CLINIC, PROMPT, accuracy, train_clinic, true_reward
+from .together import Lost, Together, join, one_voice, status_of
 from .trainer import PPOTrainer, RunError
 
 # %% ../nbs/10_cli.ipynb #b93ea544
@@ -178,20 +179,23 @@ def tell_what_next(args: PPOConfig):
 
 def stop_if_told(trainer: PPOTrainer):
     "Exit with 130 after Ctrl-C, with 143 after SIGTERM."
-    if trainer.stopped_by: sys.exit(128 + trainer.stopped_by)
+    if not trainer.stopped_by: return
+    PartialState().destroy_process_group()
+    sys.exit(128 + trainer.stopped_by)
 
 def train(argv: list[str]) -> PPOTrainer | None: # None: --dry_run
     "Train, evaluate, or both."
-    model_args, data_args, args, program = train_parser().read(argv)
+    with one_voice(): model_args, data_args, args, program = train_parser().read(argv)
     if program.dry_run: return print_settings(model_args, data_args, args)
-    trainer = make_trainer(model_args, data_args, args)
+    run_device(**join(args.ddp_timeout))
+    with Together(args.ddp_timeout) as start, start.freely(): trainer = make_trainer(model_args, data_args, args)
     if args.do_train:
         trainer.train()
         stop_if_told(trainer)
         logger.info("Saved to %s", args.output_dir)
         tell_what_next(args)
     else:
-        metrics = trainer.evaluate()
+        with trainer.together as run, run.freely(): metrics = trainer.evaluate()
         if trainer.accelerator.is_main_process: print("\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     PartialState().destroy_process_group()
     return trainer
@@ -384,8 +388,8 @@ def main(argv: list[str] | None = None): # Default: the program's own
     if quiet and any(f.name == "disable_tqdm" for c in parser().dataclass_types for f in fields(c)): rest += ["--disable_tqdm", "True"]
     try: run(rest)
     except KeyboardInterrupt: sys.exit(130)
-    except (ValueError, OSError, ImportError, RunError) as e:
+    except (ValueError, OSError, ImportError, RunError, Lost) as e:
         if debug: traceback.print_exc()
         lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         print(f"rlhf-nb {command}: {' '.join(lines[:2])}", file=sys.stderr)
-        sys.exit(1 if isinstance(e, RunError) else 2)
+        sys.exit(status_of(e))

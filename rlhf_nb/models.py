@@ -457,9 +457,9 @@ def lora_targets(lm: PreTrainedModel,          # The base model
     return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(lm.config.model_type, "all-linear")
 
 # %% ../nbs/02_models.ipynb #52e458f9
-def run_device() -> torch.device:
+def run_device(**group) -> torch.device: # How several processes come together, for the first call
     "Where this process computes."
-    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"), **group).device
 
 # %% ../nbs/02_models.ipynb #63969772
 def has_bf16(device: torch.device) -> bool: # In hardware, not emulated
