@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['START', 'RUNS', 'TICK', 'GRACE', 'meet', 'several', 'kept_by_launcher', 'join', 'Lost', 'Elsewhere', 'status_of',
-           'from_exchange', 'first_to_say', 'until', 'one_voice', 'Note', 'on_this_machine', 'runs', 'Notes', 'Watch',
+           'from_exchange', 'first_to_say', 'until', 'one_voice', 'Note', 'machine', 'runs', 'pulse', 'Notes', 'Watch',
            'Together']
 
-# %% ../nbs/05_together.ipynb #6bf10494
+# %% ../nbs/05_together.ipynb #c346027e
 import itertools
 import json
 import os
+import platform
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +94,7 @@ def one_voice() -> Iterator[None]:
         if not several() or first_to_say(str(e)): raise
         raise SystemExit(status_of(e)) from None
 
-# %% ../nbs/05_together.ipynb #a6fccbbd
+# %% ../nbs/05_together.ipynb #b721a8d6
 class Note(NamedTuple):
     "What ended the run."
     rank: int   # The process that failed, is gone or hangs
@@ -101,18 +103,24 @@ class Note(NamedTuple):
 
 RUNS = itertools.count()
 
-def on_this_machine(pid: int, created: float) -> psutil.Process | None: # Seconds since 1970
-    "The process, if it is one of this machine."
-    try: process = psutil.Process(pid)
-    except psutil.NoSuchProcess: return None
-    return process if abs(process.create_time() - created) < 2 else None
+def machine() -> str:
+    "Where a process id means the same process."
+    try: return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError: return platform.node()
 
 def runs(process: psutil.Process) -> bool:
     "Is it neither gone nor a zombie?"
     try: return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess: return False
 
-# %% ../nbs/05_together.ipynb #eec7bebf
+def pulse(where: str, pid: int, created: float) -> Callable[[], bool]: # Its machine, its id, its start in seconds since 1970
+    "Asks if a process still runs; of another machine's one must believe it."
+    if where != machine(): return lambda: True
+    try: process = psutil.Process(pid)
+    except psutil.NoSuchProcess: return lambda: False
+    return partial(runs, process) if abs(process.create_time() - created) < 60 else lambda: False
+
+# %% ../nbs/05_together.ipynb #874ff8d2
 class Notes:
     "Where each process is, and what has failed."
     def __init__(self, timeout: float): # Seconds that a process waits for another
@@ -125,7 +133,7 @@ class Notes:
         client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=self.rank == 0 and not kept_by_launcher(), multi_tenant=True,
                                wait_for_workers=False, timeout=timedelta(seconds=self.timeout))
         self.store, me = dist.PrefixStore(f"together {next(RUNS)}", client), psutil.Process()
-        self.store.set(f"process {self.rank}", json.dumps([me.pid, me.create_time()]))
+        self.store.set(f"process {self.rank}", json.dumps([machine(), me.pid, me.create_time()]))
 
     def at(self, place: str): # "score of update 3"
         "Note where this process is."
@@ -155,16 +163,21 @@ class Notes:
     def late(self, e: Exception) -> Note: # What a collective raised
         "For a process that the others wait for."
         places = self.places()
+        places.setdefault(self.rank, (0, "its first steps"))
         behind = min(places, key=lambda r: places[r][0])
-        if "timed out" not in str(e).lower(): return Note(-1, 1, f"The connection to another process is lost ({str(e).splitlines()[0]})")
+        if "timed out" not in str(e).lower(): return Note(-1, 1, f"Another process cannot be reached any more; this one is in {places[self.rank][1]}")
         if places[behind][0] == places[self.rank][0]: return Note(-1, 1, f"Another process did not come within ddp_timeout={self.timeout:g} s; this one is in {places[self.rank][1]}")
         return Note(behind, 1, f"Process {behind} of {self.world} is still in {places[behind][1]}; the others have waited ddp_timeout={self.timeout:g} s in {places[self.rank][1]}")
+
+    def alive(self, rank: int) -> bool:
+        "May it be?"
+        return self.mates.get(rank, lambda: True)()
 
     def look(self, rank: int):
         "Note if a process has ended without a word."
         if rank not in self.mates:
-            if self.store.check([f"process {rank}"]): self.mates[rank] = on_this_machine(*json.loads(self.store.get(f"process {rank}")))
-        elif (process := self.mates[rank]) is None or runs(process): return
+            if self.store.check([f"process {rank}"]): self.mates[rank] = pulse(*json.loads(self.store.get(f"process {rank}")))
+        elif self.alive(rank): return
         elif rank == 0 and not kept_by_launcher(): self.cut()
         elif not self.store.check([f"left {rank}"]): self.note(*self.gone(rank))
 
@@ -173,25 +186,32 @@ class Notes:
         self.failure = self.failure or Note(0, 1, f"Process 0 of {self.world} is gone: killed, perhaps for memory")
         self.known.set()
 
-# %% ../nbs/05_together.ipynb #8a79c916
+# %% ../nbs/05_together.ipynb #dbe027f6
 TICK, GRACE = .5, 30. # Seconds
 
 class Watch(Notes):
     "A thread that frees its process when another has failed."
     def start(self):
         self.free, self.done, self.noticed, self.lock, self.main = False, threading.Event(), threading.Event(), threading.Lock(), threading.current_thread()
-        self.usual = signal.signal(signal.SIGUSR2, self.interrupt) if self.main is threading.main_thread() else None
+        heard = {signal.SIGUSR2: self.interrupt, signal.SIGTERM: self.ending} if self.main is threading.main_thread() else {}
+        self.usual = {number: signal.signal(number, handler) for number, handler in heard.items()}
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
     def stop(self):
         self.done.set()
         self.thread.join()
-        if self.usual is not None: signal.signal(signal.SIGUSR2, self.usual)
+        for number, usual in self.usual.items(): signal.signal(number, signal.SIG_IGN if self.failure else usual)
         self.store = None
 
     def interrupt(self, *_):
         if self.free: raise Elsewhere
+
+    def ending(self, number: int, frame):
+        "A launcher ends all when one has failed; this one does so by itself, and says why."
+        if self.known.is_set() or not all(map(self.alive, range(self.world))) or self.store.check(["failure"]): return
+        signal.signal(number, self.usual[number])
+        signal.raise_signal(number)
 
     @contextmanager
     def freely(self) -> Iterator[None]:
@@ -215,10 +235,10 @@ class Watch(Notes):
         "Free the process, or end it."
         with self.lock:
             if dist.is_initialized(): dist.group.WORLD.abort()
-        if self.usual is not None: signal.pthread_kill(self.main.ident, signal.SIGUSR2)
+        if self.usual: signal.pthread_kill(self.main.ident, signal.SIGUSR2)
         if not self.noticed.wait(GRACE): os._exit(self.failure.status)
 
-# %% ../nbs/05_together.ipynb #b5cc7246
+# %% ../nbs/05_together.ipynb #9a407d5f
 class Together(Watch):
     "Around a run: it ends in all processes or in none."
     def __enter__(self):
@@ -240,11 +260,6 @@ class Together(Watch):
             dist.group.WORLD.abort()
             dist.destroy_process_group()
 
-    def alive(self, rank: int) -> bool:
-        "May it be? Of another machine's processes nothing is known."
-        process = self.mates.get(rank)
-        return process is None or runs(process)
-
     def speaks(self) -> bool:
         "Is this the first process that is left?"
         return self.rank == min(r for r in range(self.world) if r == self.rank or r != self.failure.rank and self.alive(r)) != self.failure.rank
@@ -252,7 +267,6 @@ class Together(Watch):
     def leave(self):
         "Wait until process 0 has saved; process 0, until all have read the notes, which it may keep."
         left = lambda r: self.store.check([f"left {r}"]) or not self.alive(r)
-        if self.main is threading.main_thread(): signal.signal(signal.SIGTERM, signal.SIG_IGN) # It ends anyway
         if self.rank and self.alive(0):
             until(lambda: not self.alive(0) or self.store.check(["saved"]), self.timeout)
             if self.alive(0) or kept_by_launcher(): self.store.set(f"left {self.rank}", "")
@@ -270,4 +284,4 @@ class Together(Watch):
         except RuntimeError: self.cut()
         self.stop()
         if not e or self.failure.rank == self.rank and not self.failure.text: return
-        raise (Lost(self.failure.text) if self.failure.text and speaks else SystemExit(self.failure.status)) from None
+        raise (Lost(self.failure.text) if self.failure.text and speaks else SystemExit(self.failure.status)) from e

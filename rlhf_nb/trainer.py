@@ -881,7 +881,7 @@ class PPOTrainer(Watched):
             with self.together: yield
         except Lost as e:
             whole = next((p for p in reversed(checkpoints(self.args.output_dir)) if damage(p) is None), None)
-            raise RunError(f"{e}. " + (f"{whole} is whole: --resume_from_checkpoint True goes on" if whole else f"{self.args.output_dir} has no checkpoint yet")) from None
+            raise RunError(f"{e}. " + (f"{whole} is whole: --resume_from_checkpoint True goes on" if whole else f"{self.args.output_dir} has no checkpoint yet")) from e
 
     def run(self, resume: str | bool | None): # A checkpoint folder, or True
         "Updates, and what comes before and after them."
