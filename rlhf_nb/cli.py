@@ -7,12 +7,13 @@ __all__ = ['logger', 'HELP_AT', 'DEMO', 'COMMANDS', 'Parser', 'kind', 'ProgramAr
            'print_settings', 'announce', 'tell_what_next', 'stop_if_told', 'train', 'DemoArguments', 'as_flags',
            'demo_parser', 'demo_settings', 'answers_to', 'demo', 'merge_parser', 'merge', 'chat_parser', 'chat',
            'eval_parser', 'eval_', 'PlanArguments', 'plan_parser', 'plan', 'ReportArguments', 'report_parser', 'report',
-           'completion_parser', 'completion', 'StandardError', 'quiet_libraries', 'main']
+           'completion_parser', 'completion', 'StandardError', 'quiet_libraries', 'tell_launcher', 'main']
 
 # %% ../nbs/10_cli.ipynb #4a7d6ddd
 import argparse
 import json
 import logging
+import os
 import shutil
 import sys
 import textwrap
@@ -365,6 +366,11 @@ def quiet_libraries(quiet: bool = False): # Warnings only
     huggingface_hub_logging.set_verbosity_error()
     disable_progress_bars()
 
+def tell_launcher(text: str):
+    "For the summary that `torchrun` prints at the end."
+    if not (path := os.environ.get("TORCHELASTIC_ERROR_FILE")): return
+    Path(path).write_text(json.dumps(dict(message=dict(message=text, extraInfo=dict(py_callstack=text, timestamp=str(int(time.time())))))), encoding="utf-8")
+
 def main(argv: list[str] | None = None): # Default: the program's own
     "The program `rlhf-nb`."
     argv = sys.argv[1:] if argv is None else argv
@@ -392,4 +398,5 @@ def main(argv: list[str] | None = None): # Default: the program's own
         if debug: traceback.print_exc()
         lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         print(f"rlhf-nb {command}: {' '.join(lines[:2])}", file=sys.stderr)
+        tell_launcher(" ".join(lines[:2]))
         sys.exit(status_of(e))

@@ -238,7 +238,7 @@ class Watch(Notes):
         if self.usual: signal.pthread_kill(self.main.ident, signal.SIGUSR2)
         if not self.noticed.wait(GRACE): os._exit(self.failure.status)
 
-# %% ../nbs/05_together.ipynb #9a407d5f
+# %% ../nbs/05_together.ipynb #caa9f620
 class Together(Watch):
     "Around a run: it ends in all processes or in none."
     def __enter__(self):
@@ -279,7 +279,9 @@ class Together(Watch):
         if e: self.failed(e)
         speaks = e and self.speaks()
         try:
-            if e: self.leave()
+            if e:
+                self.leave()
+                if self.failure.rank != self.rank: until(lambda: not self.alive(self.failure.rank), 10 * TICK) # A launcher takes the first to end for the cause
             else: self.store.set(f"left {self.rank}", "")
         except RuntimeError: self.cut()
         self.stop()

@@ -1,15 +1,16 @@
 "Runs of the program in several processes without a launcher, forked from this one: a JSON line in for each run, one out"
 import json
 import os
-import signal
+import signal # For a case's code
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
 
-from rlhf_nb import cli, models, trainer
+from rlhf_nb import cli
 
 torch.set_num_threads(1)
 MAKE = cli.make_trainer
@@ -23,21 +24,25 @@ def judge(prompts, completions, trainer_state, **columns):
 
 def one(case: dict, rank: int, port: int, out: Path) -> int: # Process id
     "One of the processes."
-    global CASE
     if pid := os.fork(): return pid
     for fd in (1, 2): os.dup2(os.open(out/f"said{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    CASE, status = case, 0
-    cli.make_trainer = lambda *args: MAKE(*args, judge)
-    try: cli.main(case["flags"])
+    status = 0
+    try: launched(case, case["flags"])
     except SystemExit as e: status = e.code
     except BaseException:
-        import traceback
-        traceback.print_exc()
         status = 1
+        traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr): stream.flush()
         os._exit(status)
+
+
+def launched(case: dict, flags: list[str] | None = None): # Default: the program's own
+    "In a process that a launcher has made."
+    global CASE
+    CASE, cli.make_trainer = case, lambda *args: MAKE(*args, judge)
+    cli.main(flags)
 
 
 def run(case: dict) -> dict: # status and said, by process; seconds until the last one ended

@@ -93,10 +93,10 @@ def test_a_reward_function_hangs_in_one_process(ranks, tmp_path):
     said, = ours(found)
     assert found["status"] == [2, 2] and "Reward judge took more than 0.5 s for 2 prompts" in said and damage(tmp_path/"limited"/"checkpoint-1") is None
     for rank, other in ((1, 0), (0, 1)):
-        found = ranks(tmp_path/f"{rank}", "--ddp_timeout", 3, rank=rank, update=2, what="time.sleep(100)")
+        found = ranks(tmp_path/f"{rank}", "--ddp_timeout", 2, rank=rank, update=2, what="time.sleep(100)")
         said, = ours(found)
         assert found["status"] == [1, 1] and said in found["said"][other]
-        assert f"Process {rank} of 2 is still in score of update 2; the others have waited ddp_timeout=3 s in step of update 2. {tmp_path}/{rank}/checkpoint-1 is whole" in said
+        assert f"Process {rank} of 2 is still in score of update 2; the others have waited ddp_timeout=2 s in step of update 2. {tmp_path}/{rank}/checkpoint-1 is whole" in said
 
 
 def test_an_evaluation_fails_in_one_process(ranks, tmp_path):
@@ -130,10 +130,9 @@ def test_bad_input_is_said_once(ranks, tmp_path):
         assert found["status"] == [2, 2] and text in said and found["seconds"] < 20
 
 
-def launched(tiny, out, *more):
+def launched(*flags, program=(Path(sys.executable).parent/"rlhf-nb",)):
     "Under torchrun."
-    return subprocess.Popen([*LAUNCH, Path(sys.executable).parent/"rlhf-nb", *map(str, flags(tiny, out, *more))], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | dict(OMP_NUM_THREADS="1"))
+    return subprocess.Popen([*LAUNCH, *program, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
 
 
 def workers(parent) -> list[int]: # By rank
@@ -143,12 +142,21 @@ def workers(parent) -> list[int]: # By rank
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_under_the_launcher(tiny, tmp_path, number):
-    launcher = launched(tiny, tmp_path/"run", "--max_steps", 1000, "--save_steps", 1, "--save_total_limit", 2)
+    launcher = launched(*flags(tiny, tmp_path/"run", "--max_steps", 1000, "--save_steps", 1, "--save_total_limit", 2))
     while not (tmp_path/"run"/"checkpoint-1").exists(): time.sleep(.1)
     os.kill(workers(launcher.pid)[1] if number == signal.SIGKILL else launcher.pid, number)
     said = launcher.communicate(timeout=60)[0]
     print(said)
     newest = max(int(p.name.split("-")[1]) for p in (tmp_path/"run").glob("checkpoint-*"))
     assert launcher.returncode and damage(tmp_path/"run"/f"checkpoint-{newest}") is None
-    if number == signal.SIGKILL: assert said.count("rlhf-nb train:") == 1 and f"Process 1 of 2 is gone" in said and "checkpoint-" in said
+    if number == signal.SIGKILL: assert said.count("rlhf-nb train:") == 1 and "rlhf-nb train: Process 1 of 2 is gone" in said and f"checkpoint-{newest} is whole" in said
     else: assert said.count(f"Stopped after update {newest};") == 1 and "rlhf-nb train:" not in said
+
+
+def test_the_launchers_summary_has_the_cause(tiny, tmp_path):
+    program = [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); import ranks; ranks.launched(dict(rank=1, update=2, what='raise ConnectionError()'))", ROOT/"tests"]
+    launcher = launched(*flags(tiny, tmp_path/"run"), program=program)
+    said = launcher.communicate(timeout=60)[0]
+    print(said)
+    assert launcher.returncode == 1 and said.count("rlhf-nb train:") == 1 and "exitcode  : 2" in said and "exitcode  : 1 " not in said and "-15" not in said
+    assert f"traceback : {JUDGE}" in said.split("Root Cause")[1] and "Saved checkpoint-1" in said
