@@ -120,7 +120,7 @@ def pulse(where: str, pid: int, created: float) -> Callable[[], bool]: # Its mac
     except psutil.NoSuchProcess: return lambda: False
     return partial(runs, process) if abs(process.create_time() - created) < 60 else lambda: False
 
-# %% ../nbs/05_together.ipynb #874ff8d2
+# %% ../nbs/05_together.ipynb #f40f6afd
 class Notes:
     "Where each process is, and what has failed."
     def __init__(self, timeout: float): # Seconds that a process waits for another
@@ -170,15 +170,15 @@ class Notes:
         return Note(behind, 1, f"Process {behind} of {self.world} is still in {places[behind][1]}; the others have waited ddp_timeout={self.timeout:g} s in {places[self.rank][1]}")
 
     def alive(self, rank: int) -> bool:
-        "May it be?"
+        "May it be? One that has not signed in yet, too."
+        if rank not in self.mates and not self.known.is_set() and self.store.check([f"process {rank}"]):
+            self.mates[rank] = pulse(*json.loads(self.store.get(f"process {rank}")))
         return self.mates.get(rank, lambda: True)()
 
     def look(self, rank: int):
         "Note if a process has ended without a word."
-        if rank not in self.mates:
-            if self.store.check([f"process {rank}"]): self.mates[rank] = pulse(*json.loads(self.store.get(f"process {rank}")))
-        elif self.alive(rank): return
-        elif rank == 0 and not kept_by_launcher(): self.cut()
+        if self.alive(rank): return
+        if rank == 0 and not kept_by_launcher(): self.cut()
         elif not self.store.check([f"left {rank}"]): self.note(*self.gone(rank))
 
     def cut(self):
@@ -186,7 +186,7 @@ class Notes:
         self.failure = self.failure or Note(0, 1, f"Process 0 of {self.world} is gone: killed, perhaps for memory")
         self.known.set()
 
-# %% ../nbs/05_together.ipynb #dbe027f6
+# %% ../nbs/05_together.ipynb #e35417c5
 TICK, GRACE = .5, 30. # Seconds
 
 class Watch(Notes):
@@ -224,9 +224,10 @@ class Watch(Notes):
     def watch(self):
         "The thread."
         try:
-            while not self.known.is_set() and not self.done.wait(TICK):
+            while not self.known.is_set():
                 for rank in {*range(self.world)} - {self.rank}: self.known.is_set() or self.look(rank)
                 if not self.known.is_set() and self.store.check(["failure"]): self.learn()
+                if self.done.wait(TICK): break
         except RuntimeError: # The store cannot be reached
             if not self.done.is_set(): self.cut()
         if self.known.is_set(): self.let_go()
