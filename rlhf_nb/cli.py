@@ -9,7 +9,7 @@ __all__ = ['logger', 'HELP_AT', 'DEMO', 'COMMANDS', 'Parser', 'kind', 'ProgramAr
            'eval_parser', 'eval_', 'PlanArguments', 'plan_parser', 'plan', 'ReportArguments', 'report_parser', 'report',
            'completion_parser', 'completion', 'StandardError', 'quiet_libraries', 'main']
 
-# %% ../nbs/10_cli.ipynb #4a7d6ddd
+# %% ../nbs/10_cli.ipynb #cc528e49
 import argparse
 import json
 import logging
@@ -42,7 +42,7 @@ from .chat import ChatArguments, EvalArguments, evaluate, save_rows, scores_tabl
 from .checkpoint import check_output_dir
 from .config import DataArguments, MergeArguments, ModelArguments, PPOConfig, setting
 from .data import find_files, load_prompts
-from .models import check_model, load_policy, load_tokenizer, loading, merge_adapter, resolve_dtype, run_device
+from .models import check_model, load_device, load_policy, load_tokenizer, loading, merge_adapter, resolve_dtype, run_device
 from .page import write_report
 from .plan import GPUS, plan_text
 from .report import curves, samples_table, summarise, summary_table
@@ -129,7 +129,7 @@ def train_parser(command: str = "train", description: str = "PPO on your prompts
     "Everything that a run can be told."
     return Parser(command, description, (ModelArguments, DataArguments, PPOConfig, ProgramArguments, *more))
 
-# %% ../nbs/10_cli.ipynb #7e002a12
+# %% ../nbs/10_cli.ipynb #e1e5e90d
 def make_trainer(model_args: ModelArguments,
                  data_args: DataArguments,
                  args: PPOConfig,
@@ -149,7 +149,7 @@ def make_trainer(model_args: ModelArguments,
     with loading(flag, name): tokenizer = load_tokenizer(name, model_args)
     data = load_prompts(data_args, tokenizer, args.max_source_length, args.seed, model_args.cache_dir)
     dtype = resolve_dtype(args.torch_dtype, device)
-    with loading("model_name_or_path", model_args.model_name_or_path): policy = load_policy(model_args, dtype, device)
+    with loading("model_name_or_path", model_args.model_name_or_path): policy = load_policy(model_args, dtype, load_device())
     with loading("reward_model_name_or_path", model_args.reward_model_name_or_path):
         reward = load_reward_model(model_args.reward_model_name_or_path, model_args, dtype, device, args.reward_label,
                                    args.reward_batch_size)

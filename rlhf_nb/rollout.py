@@ -7,7 +7,7 @@ __all__ = ['BYTES', 'draw', 'sample_tokens', 'for_few_rows', 'merged_weight', 'r
            'RoomyLayer', 'roomy_cache', 'generate', 'Rollout', 'pad_rows', 'padded', 'decode', 'stopper', 'write',
            'rollout']
 
-# %% ../nbs/04_rollout.ipynb #4dec7f5e
+# %% ../nbs/04_rollout.ipynb #4cf421f8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -22,7 +22,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from .data import encode_prompt
-from .models import FusedBloomMLP, FusedLora, Policy, Sampling, packs, positions, sampling_logits, token_logprobs, unwrapped
+from .models import FusedBloomMLP, FusedLora, Policy, Sampling, packs, sampling_logits, token_logprobs, unwrapped
+from .shards import gathered, is_gathered
 
 # %% ../nbs/04_rollout.ipynb #56df0461
 def draw(weights: Tensor, # Not negative, (B, N)
@@ -47,7 +48,7 @@ def sample_tokens(logits: Tensor,   # (B, V), float32
     within, _ = draw(p[rows, index], rest)
     return (index * block + within).clamp(max=logits.shape[1] - 1), (p[rows, index, within] / total).log()
 
-# %% ../nbs/04_rollout.ipynb #48f9017e
+# %% ../nbs/04_rollout.ipynb #6bd05f2b
 def for_few_rows(weight: Tensor,      # (out, in)
                  bias: Tensor | None, # (out,)
                  rows: int,
@@ -72,7 +73,7 @@ def ready_to_write(lm: PreTrainedModel, # Without a wrapper
                    int8: bool = False,  # Round the weights to a byte each
 ) -> Iterator[None]:
     "Inside, on a CPU, linear layers are merged and packed; the weights themselves stay as they are."
-    if lm.device.type != "cpu":
+    if lm.device.type != "cpu" or not is_gathered(lm):
         yield
         return
     lora = [m for m in lm.modules() if type(m) is FusedLora and type(m.base_layer) is nn.Linear and not m.lora_variant and not any(b.bias is not None for b in m.lora_B.values())]
@@ -151,7 +152,7 @@ def roomy_cache(config, room: int) -> DynamicCache: # A model's config; tokens
     cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
-# %% ../nbs/04_rollout.ipynb #72f97be4
+# %% ../nbs/04_rollout.ipynb #048b9955
 @torch.no_grad()
 def generate(policy: Policy,
              query_ids: Tensor,         # Prompts, padded on the left, (B, P)
@@ -161,20 +162,18 @@ def generate(policy: Policy,
              pad_id: int,               # Fills the rest of shorter answers
              uniforms: Tensor | None,   # One draw per row and position, (B, max_length); None: the likeliest token
              stop: Callable[[Tensor], Tensor] | None = None, # Ids so far, (n, t), to which answers end here, (n,)
+             anyone: Callable[[bool], bool] | None = None,   # Does this process still write? Does any? None: each by itself
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # Answers, padded on the right, mask and log-probs, (B, T) each; did they end by themselves? (B,)
     "Sample an answer to each prompt; it ends with EOS, with a stop string, or at `max_length`."
-    lm = unwrapped(policy.lm)
     eos = torch.tensor(sampling.eos_token_ids, device=query_ids.device)
     answers = query_ids.new_full((len(query_ids), max_length), pad_id)
     logprobs = torch.zeros(answers.shape, device=answers.device)
     lengths, ended = query_ids.new_zeros(len(query_ids)), torch.zeros(len(query_ids), dtype=torch.bool, device=query_ids.device)
-    rows, cache = torch.arange(len(query_ids), device=query_ids.device), roomy_cache(lm.config, query_ids.shape[1] + max_length)
+    rows, cache = torch.arange(len(query_ids), device=query_ids.device), roomy_cache(policy.lm.config, query_ids.shape[1] + max_length)
     ids, mask = query_ids, query_mask.long()
     for t in range(max_length):
-        extra = dict(position_ids=positions(mask)[:, -ids.shape[1]:]) if policy.position_ids else {}
-        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
-        logits = lm(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=last, **extra).logits
-        logits = sampling_logits(logits, sampling, start=t)[:, 0]
+        if anyone and t: anyone(True)
+        logits = sampling_logits(policy.next_logits(ids, mask, cache), sampling, start=t)[:, 0]
         if uniforms is None: new, logprobs[rows, t] = (likeliest := logits.argmax(-1)), token_logprobs(logits, likeliest)
         else: new, logprobs[rows, t] = sample_tokens(logits, uniforms[rows, t])
         answers[rows, t], lengths[rows] = new, t + 1
@@ -187,10 +186,13 @@ def generate(policy: Policy,
             rows, new, mask = rows[on], new[on], mask[on]
             cache.batch_select_indices(on)
         ids, mask = new[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    for _ in range(t + 1, max_length):
+        if not (anyone and anyone(False)): break
+        policy.next_logits(query_ids[:1], query_mask[:1], roomy_cache(policy.lm.config, query_ids.shape[1]))
     longest = lengths.max()
     return answers[:, :longest], (torch.arange(longest, device=lengths.device) < lengths[:, None]).long(), logprobs[:, :longest], ended
 
-# %% ../nbs/04_rollout.ipynb #f73edb15
+# %% ../nbs/04_rollout.ipynb #5cbf9e56
 class Rollout(NamedTuple):
     "Answers to B prompts, (B, T) unless said; outside the masks stand pads and zeros."
     rows: list[dict]         # The data set's rows
@@ -241,7 +243,7 @@ def stopper(tokenizer: PreTrainedTokenizerBase,
         return torch.tensor([any(s in text for s in stop_strings) for text in texts], device=ids.device)
     return stop
 
-# %% ../nbs/04_rollout.ipynb #b6c1b774
+# %% ../nbs/04_rollout.ipynb #bc2aebc6
 @torch.no_grad()
 def write(policy: Policy,
           queries: list[Tensor],            # Prompts, 1-D
@@ -252,16 +254,17 @@ def write(policy: Policy,
           batch_size: int | None = None,    # Prompts answered at once; None: all
           stop: Callable[[Tensor], Tensor] | None = None, # As in `generate`
           int8: bool = False,               # With int8 weights
+          anyone: Callable[[bool], bool] | None = None,   # As in `generate`; None: sharded weights are gathered until all is written
 ) -> Iterator[tuple[list[int], tuple[Tensor, Tensor], tuple[Tensor, ...]]]: # Which prompts, their batch, and what `generate` says
     "Answer prompts, those of like length together."
     order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
     chunks = [order[i:i + (batch_size or len(order))] for i in range(0, len(order), batch_size or len(order))]
-    with ready_to_write(unwrapped(policy.lm), len(chunks[0]), int8):
+    with nullcontext() if anyone else gathered(policy), ready_to_write(unwrapped(policy.lm), len(chunks[0]), int8):
         for chunk in chunks:
             asked = padded([queries[i] for i in chunk], pad_id)
-            yield chunk, asked, generate(policy, *asked, sampling, max_length, pad_id, None if uniforms is None else uniforms[chunk], stop)
+            yield chunk, asked, generate(policy, *asked, sampling, max_length, pad_id, None if uniforms is None else uniforms[chunk], stop, anyone)
 
-# %% ../nbs/04_rollout.ipynb #6b75e5a7
+# %% ../nbs/04_rollout.ipynb #54c917e0
 @torch.no_grad()
 def rollout(policy: Policy,
             tokenizer: PreTrainedTokenizerBase,     # The policy's
@@ -276,13 +279,14 @@ def rollout(policy: Policy,
             rank: int = 0,                          # Which of the processes that answer equally many prompts
             world: int = 1,                         # How many there are
             int8: bool = False,                     # Write with int8 weights
+            anyone: Callable[[bool], bool] | None = None, # As in `write`
 ) -> Rollout:
     "Answer each prompt and look at each answer once with the policy and once with the reference."
     device, pad = policy.value_head.weight.device, tokenizer.pad_token_id
     queries = [torch.tensor(encode_prompt(row["prompt"], tokenizer, max_source_length), device=device) for row in rows]
     uniforms = None if generator is None else torch.rand(world, len(rows), max_target_length, generator=generator)[rank].to(device)
     stop = stopper(tokenizer, stop_strings) if stop_strings else None
-    with autocast(): written = [*write(policy, queries, sampling, max_target_length, pad, uniforms, batch_size, stop, int8)]
+    with autocast(): written = [*write(policy, queries, sampling, max_target_length, pad, uniforms, batch_size, stop, int8, anyone)]
     parts: dict[int, tuple[Tensor, ...]] = {}
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     for chunk, q, (r, rm, drawn, ended[chunk]) in written:

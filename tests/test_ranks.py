@@ -1,4 +1,5 @@
 "Two processes with a batch of B train like one with a batch of 2B; each writes answers of its own."
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,10 @@ SAME = ("objective/kl", "objective/scores", "objective/entropy", "objective/rlhf
         "policy/grad_norm", "policy/optimizer_steps", "episode")
 
 
-def two_ranks(*flags):
-    "The program in two processes."
+def two_ranks(*flags, **env):
+    "The program in two processes, with further variables; its output."
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no_python",
-                          BIN/"rlhf-nb", *map(str, flags)], capture_output=True, text=True, timeout=300)
+                          BIN/"rlhf-nb", *map(str, flags)], capture_output=True, text=True, timeout=300, env=os.environ | env)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout + run.stderr
 
