@@ -10,7 +10,7 @@ __all__ = ['logger', 'PATHS', 'KEPT', 'LEFT', 'HEADLINES', 'Experience', 'make_e
            'rollout_stats', 'ratios', 'distinct_pairs', 'update_stats', 'settings_of', 'Files', 'one_line', 'Published',
            'kind_of_run', 'Checkpoints', 'Watched', 'Signals', 'PPOTrainer']
 
-# %% ../nbs/06_trainer.ipynb #d0a6aa99
+# %% ../nbs/06_trainer.ipynb #92e9dfab
 import hashlib
 import json
 import logging
@@ -42,6 +42,7 @@ from huggingface_hub import ModelCard, create_repo, upload_folder
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoTokenizer, DefaultFlowCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl,
                           TrainerState, get_scheduler)
@@ -374,7 +375,7 @@ class Losses(Parts):
         "Does only the critic learn?"
         return self.state.global_step < self.args.critic_warmup_steps
 
-# %% ../nbs/06_trainer.ipynb #981d9978
+# %% ../nbs/06_trainer.ipynb #1a2cf871
 class Gradients(Losses):
     "Of an optimiser step, whatever fits into one pass."
     def mine(self, n: int) -> slice: # Rows of each process
@@ -402,8 +403,16 @@ class Gradients(Losses):
             self.optimizer.zero_grad()
             size = min(self.pass_size, len(rows))
             self.pass_limit = smaller(size, f"mini_batch_size={size // 2} with twice the gradient_accumulation_steps", "gradient_checkpointing, a shorter max_target_length, 8-bit weights", self.sharded)
-        for p in self.trained if not self.sharded else (): p.grad = p.grad if p.grad is None else self.summed(p.grad)
+        if self.accelerator.num_processes > 1 and not self.sharded: self.sum_gradients()
         return dict(zip(stats, self.summed(torch.tensor([*stats.values()], device=total.device)).tolist()))
+
+    def sum_gradients(self, most: int = 2 ** 24): # Numbers that travel at once
+        "Of all processes, many weights at a time."
+        grads = [p.grad for p in self.trained if p.grad is not None]
+        ends = np.cumsum([g.numel() for g in grads]) // most
+        for part in np.unique(ends):
+            some = [g for g, end in zip(grads, ends) if end == part]
+            vector_to_parameters(self.summed(parameters_to_vector(some)), some)
 
     @property
     def pass_size(self) -> int: # Answers
