@@ -87,6 +87,7 @@ class RewardSettings:
     score_clip: Positive | None = setting(None, "Scores count within +- this, after scaling")
     reward_timeout: Positive | None = setting(None, "Seconds that a reward function may take for a batch; None: as long as it likes")
     reward_workers: Count = setting(1, "Calls of a reward function at the same time, each with a part of the batch: for functions that wait")
+    reward_processes: Count | None = setting(None, "Processes that hold the rewards and score for the others, too; default: all")
     missing_eos_penalty: NonNeg = setting(0.0, "Lost by an answer that reached max_target_length without ending")
     length_penalty: NonNeg = setting(0.0, "Lost for every token of an answer")
 

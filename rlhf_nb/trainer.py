@@ -34,7 +34,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast, gather_object, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
@@ -63,7 +63,7 @@ from .card import model_card, public_name, without_paths
 from .diagnosis import Doctor
 from .logs import answers_table, discard_answers, log_answers, log_settings, save_answers
 from .report import curves, make_view
-from .rewards import RewardModel, Rewards, Scores, load_reward_model, show
+from .rewards import RewardModel, Rewards, Scores, SharedRewards, holds_rewards, load_reward_model, show
 from .rollout import Rollout, pad_rows, rollout
 from .shards import load_optimizer_state, optimizer_state, shard, unsharded
 
@@ -166,13 +166,15 @@ def make_rewards(reward_funcs: str | PreTrainedModel | Callable | list,         
                  dtype: torch.dtype,
                  device: torch.device,
 ) -> Rewards:
-    "All rewards as one."
+    "All rewards as one; a process that holds none loads none."
     listed = lambda x: list(x) if isinstance(x, (list, tuple)) else [x]
     funcs = listed(reward_funcs)
     tokenizers = listed(tokenizers) if tokenizers else [None] * len(funcs)
     if len(tokenizers) != len(funcs): raise ValueError(f"reward_processing_classes has {len(tokenizers)} entries for {len(funcs)} rewards")
-    return Rewards([as_reward(f, t, args, dtype, device) for f, t in zip(funcs, tokenizers)], args.reward_weights, args.reward_baseline,
-                   args.reward_timeout, args.reward_workers)
+    if holds_rewards(args.reward_processes): funcs = [as_reward(f, t, args, dtype, device) for f, t in zip(funcs, tokenizers)]
+    common = funcs, args.reward_weights, args.reward_baseline, args.reward_timeout, args.reward_workers
+    if (args.reward_processes or math.inf) >= PartialState().num_processes: return Rewards(*common)
+    return SharedRewards(*common, holders=args.reward_processes)
 
 # %% ../nbs/06_trainer.ipynb #2a7c3af9
 def optimizer_class(name: str) -> type: # By transformers' name
