@@ -46,7 +46,7 @@ from .models import check_model, load_device, load_policy, load_tokenizer, loadi
 from .page import write_report
 from .plan import GPUS, plan_text
 from .report import curves, samples_table, summarise, summary_table
-from .rewards import load_reward_model
+from .rewards import holds_rewards, load_reward_model
 from .rollout import Rollout
 from .tiny import CLINIC, PROMPT, accuracy, train_clinic, true_reward
 from .trainer import PPOTrainer, RunError
@@ -150,9 +150,9 @@ def make_trainer(model_args: ModelArguments,
     data = load_prompts(data_args, tokenizer, args.max_source_length, args.seed, model_args.cache_dir)
     dtype = resolve_dtype(args.torch_dtype, device)
     with loading("model_name_or_path", model_args.model_name_or_path): policy = load_policy(model_args, dtype, load_device())
-    with loading("reward_model_name_or_path", model_args.reward_model_name_or_path):
-        reward = load_reward_model(model_args.reward_model_name_or_path, model_args, dtype, device, args.reward_label,
-                                   args.reward_batch_size)
+    reward = model_args.reward_model_name_or_path
+    if holds_rewards(args.reward_processes):
+        with loading("reward_model_name_or_path", reward): reward = load_reward_model(reward, model_args, dtype, device, args.reward_label, args.reward_batch_size)
     trained, every = (sum(p.numel() for p in policy.parameters() if p.requires_grad or not only) for only in (True, False))
     logger.info("%s parameters, %s trained (%.2f per cent), %s on %s", f"{every:,}", f"{trained:,}", 100 * trained / every,
                 str(dtype).removeprefix("torch."), device)

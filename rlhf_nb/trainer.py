@@ -34,7 +34,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast, gather_object, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
@@ -64,8 +64,8 @@ from .card import model_card, public_name, without_paths
 from .diagnosis import Doctor
 from .logs import answers_table, discard_answers, log_answers, log_settings, save_answers
 from .report import curves, make_view
-from .rewards import RewardModel, Rewards, Scores, load_reward_model, show
-from .rollout import Rollout, pad_rows, rollout
+from .rewards import RewardModel, Rewards, Scores, SharedRewards, holds_rewards, load_reward_model, show
+from .rollout import Rollout, connect, pad_rows, rollout
 from .shards import load_optimizer_state, optimizer_state, shard, unsharded
 
 # %% ../nbs/06_trainer.ipynb #060e3a91
@@ -83,7 +83,7 @@ class Experience(NamedTuple):
     values: Tensor         # Likewise
     advantages: Tensor     # Whitened
     returns: Tensor        # What the critic should have said
-    weights: Tensor        # What a token counts: 1, but with rollout_int8
+    weights: Tensor        # What a token counts: 1, but with rollout_int8 or use_vllm
 
 def make_experience(rollout: Rollout,
                     scores: Tensor,   # One per answer, (B,)
@@ -100,7 +100,7 @@ def make_experience(rollout: Rollout,
     if args.whiten_rewards: rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.values, mask, args.gamma, args.lam)
     weights = torch.ones_like(kl)
-    if args.rollout_int8: weights = importance_weights(rollout.logprobs, rollout.sampling_logprobs, args.importance_sampling_cap)
+    if args.rollout_int8 or args.use_vllm: weights = importance_weights(rollout.logprobs, rollout.sampling_logprobs, args.importance_sampling_cap)
     return Experience(*rollout[3:7], rollout.logprobs, rollout.ref_logprobs, rollout.values, whiten(advantages, mask), returns, weights)
 
 def micro_batch(exp: Experience, rows: Tensor) -> Experience: # Indices, (n,)
@@ -167,13 +167,15 @@ def make_rewards(reward_funcs: str | PreTrainedModel | Callable | list,         
                  dtype: torch.dtype,
                  device: torch.device,
 ) -> Rewards:
-    "All rewards as one."
+    "All rewards as one; a process that holds none loads none."
     listed = lambda x: list(x) if isinstance(x, (list, tuple)) else [x]
     funcs = listed(reward_funcs)
     tokenizers = listed(tokenizers) if tokenizers else [None] * len(funcs)
     if len(tokenizers) != len(funcs): raise ValueError(f"reward_processing_classes has {len(tokenizers)} entries for {len(funcs)} rewards")
-    return Rewards([as_reward(f, t, args, dtype, device) for f, t in zip(funcs, tokenizers)], args.reward_weights, args.reward_baseline,
-                   args.reward_timeout, args.reward_workers)
+    if holds_rewards(args.reward_processes): funcs = [as_reward(f, t, args, dtype, device) for f, t in zip(funcs, tokenizers)]
+    common = funcs, args.reward_weights, args.reward_baseline, args.reward_timeout, args.reward_workers
+    if (args.reward_processes or math.inf) >= PartialState().num_processes: return Rewards(*common)
+    return SharedRewards(*common, holders=args.reward_processes)
 
 # %% ../nbs/06_trainer.ipynb #2a7c3af9
 def optimizer_class(name: str) -> type: # By transformers' name
@@ -269,6 +271,8 @@ class Parts:
         check_lengths(policy, args.max_source_length, args.max_target_length)
         policy.use_critic(args.critic)
         self.sampling = Sampling(args.temperature, args.min_target_length, end_tokens(policy.lm, self.processing_class))
+        server = args.vllm_server_base_url, args.vllm_server_timeout, args.vllm_group_port
+        self.writer = connect(policy, *server, device, args.stop_strings) if args.use_vllm else None
         self.rewards = make_rewards(reward_funcs, reward_processing_classes, args, dtype, device)
         self.policy, self.sharded = spread_out(policy, self.accelerator), wants_shards()
         optimizer, self.lr_scheduler = make_optimizer(self.policy, args)
@@ -520,7 +524,7 @@ class Answers(Update):
             try: return rollout(self.policy, self.processing_class, rows, self.sampling, args.max_source_length, args.max_target_length,
                                 size, draws, acc.autocast, args.stop_strings, acc.process_index, acc.num_processes,
                                 self.int8 and generator is None and not greedy,
-                                self.anyone if self.sharded and not args.gather_for_generation else None)
+                                self.anyone if self.sharded and not args.gather_for_generation else None, self.writer)
             except RuntimeError as e:
                 if not should_reduce_batch_size(e): raise
             if draws: draws.set_state(before)
@@ -650,7 +654,7 @@ def update_stats(logprobs: Tensor,  # Of the policy as it is, (n, T)
             "val/ratio": masked_mean(ratio, mask), "val/ratio_var": masked_var(ratio, mask, unbiased=False)}
 
 # %% ../nbs/06_trainer.ipynb #9dd3d584
-PATHS = {"output_dir", "resume_from_checkpoint"}
+PATHS = {"output_dir", "resume_from_checkpoint", "vllm_server_base_url"}
 
 def settings_of(args: PPOConfig) -> dict[str, Any]:
     "What a run is set to, without where it lies on this machine."
