@@ -77,13 +77,15 @@ def same(two, one):
     assert json.loads((two/"run.json").read_text())["machine"]["processes"] == 2
 
 
-def test_our_program_starts_processes(tiny, one, tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize("name", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_our_program_starts_processes(name, tiny, one, tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     config = tmp_path/"run.yaml"
-    config.write_text("accelerate_config: ddp\nnum_processes: 2\n")
+    config.write_text(f"accelerate_config: {name}\nnum_processes: 2\n")
     run(*flags(tiny, tmp_path/"two", 4, "--config", config, "--cpu", "--main_process_port", 0))
     said = capfd.readouterr()
-    assert (said.out + said.err).count("Saved to") == 1 and os.environ.pop("ACCELERATE_USE_CPU") == "true"
+    assert (said.out + said.err).count("Saved to") == 1 and ("FSDP: this process holds" in said.err) == (name == "fsdp2")
+    assert os.environ.pop("ACCELERATE_USE_CPU") == "true"
     same(tmp_path/"two", one)
 
 
