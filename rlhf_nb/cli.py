@@ -9,7 +9,7 @@ __all__ = ['logger', 'HELP_AT', 'CONFIGS', 'DEMO', 'COMMANDS', 'program_flags', 
            'tell_what_next', 'stop_if_told', 'train', 'DemoArguments', 'as_flags', 'demo_parser', 'demo_settings',
            'answers_to', 'demo', 'merge_parser', 'merge', 'chat_parser', 'chat', 'eval_parser', 'eval_',
            'PlanArguments', 'plan_parser', 'plan', 'ReportArguments', 'report_parser', 'report', 'completion_parser',
-           'completion', 'StandardError', 'quiet_libraries', 'main']
+           'completion', 'StandardError', 'quiet_libraries', 'tell_launcher', 'main']
 
 # %% ../nbs/10_cli.ipynb #b8c5ca0f
 import argparse
@@ -57,6 +57,7 @@ from .report import curves, samples_table, summarise, summary_table
 from .rewards import holds_rewards, load_reward_model
 from .rollout import Rollout
 from .tiny import CLINIC, PROMPT, accuracy, train_clinic, true_reward
+from .together import Lost, Together, join, one_voice, status_of
 from .trainer import PPOTrainer, RunError
 
 # %% ../nbs/10_cli.ipynb #892ab31b
@@ -268,23 +269,26 @@ def tell_what_next(args: PPOConfig):
 
 def stop_if_told(trainer: PPOTrainer):
     "Exit with 130 after Ctrl-C, with 143 after SIGTERM."
-    if trainer.stopped_by: sys.exit(128 + trainer.stopped_by)
+    if not trainer.stopped_by: return
+    PartialState().destroy_process_group()
+    sys.exit(128 + trainer.stopped_by)
 
 def train(argv: list[str]) -> PPOTrainer | None: # None: --dry_run
     "Train, evaluate, or both."
-    (model_args, data_args, args, program, _), told = train_settings(argv)
+    with one_voice(): (model_args, data_args, args, program, _), told = train_settings(argv)
     if program.dry_run: return print_settings(model_args, data_args, args)
     if told and not launched():
         check_settings(model_args, data_args, args)
         return launch(told)
-    trainer = make_trainer(model_args, data_args, args)
+    run_device(**join(args.ddp_timeout))
+    with Together(args.ddp_timeout) as start, start.freely(): trainer = make_trainer(model_args, data_args, args)
     if args.do_train:
         trainer.train()
         stop_if_told(trainer)
         logger.info("Saved to %s", args.output_dir)
         tell_what_next(args)
     else:
-        metrics = trainer.evaluate()
+        with trainer.together as run, run.freely(): metrics = trainer.evaluate()
         if trainer.accelerator.is_main_process: print("\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     PartialState().destroy_process_group()
     return trainer
@@ -454,6 +458,11 @@ def quiet_libraries(quiet: bool = False): # Warnings only
     huggingface_hub_logging.set_verbosity_error()
     disable_progress_bars()
 
+def tell_launcher(text: str):
+    "For the summary that `torchrun` prints at the end."
+    if not (path := os.environ.get("TORCHELASTIC_ERROR_FILE")): return
+    Path(path).write_text(json.dumps(dict(message=dict(message=text, extraInfo=dict(py_callstack=text, timestamp=str(int(time.time())))))), encoding="utf-8")
+
 def main(argv: list[str] | None = None): # Default: the program's own
     "The program `rlhf-nb`."
     argv = sys.argv[1:] if argv is None else argv
@@ -474,11 +483,12 @@ def main(argv: list[str] | None = None): # Default: the program's own
     shown = told.quiet and any(f.name == "disable_tqdm" for c in parser().dataclass_types for f in fields(c))
     try: run([*argv[1:], *["--disable_tqdm", "True"] * shown])
     except KeyboardInterrupt: sys.exit(130)
-    except (ValueError, OSError, ImportError, RunError) as e:
+    except (ValueError, OSError, ImportError, RunError, Lost) as e:
         if told.debug: traceback.print_exc()
         lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         print(f"rlhf-nb {command}: {' '.join(lines[:2])}", file=sys.stderr)
-        sys.exit(1 if isinstance(e, RunError) else 2)
+        tell_launcher(" ".join(lines[:2]))
+        sys.exit(status_of(e))
 
 # %% ../nbs/10_cli.ipynb #11ac1f9a
 if __name__ == "__main__" and "__file__" in globals(): main()

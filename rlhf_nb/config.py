@@ -164,6 +164,7 @@ class RunSettings:
     disable_tqdm: bool = setting(False, "Show nothing while the run goes on: no bar, chart or answers")
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Type of the matrix products, and of weights that are not trained")
+    ddp_timeout: Count = setting(1800, "With several processes: seconds that one waits for another before the run ends")
     seed: Whole = setting(0, "Order of prompts, sampling, initial weights")
 
 # %% ../nbs/00_config.ipynb #901f7748

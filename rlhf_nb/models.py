@@ -470,10 +470,10 @@ def lora_targets(lm: PreTrainedModel,          # The base model
     return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(lm.config.model_type, "all-linear")
 
 # %% ../nbs/02_models.ipynb #34bb6a8a
-def run_device() -> torch.device:
+def run_device(**group) -> torch.device: # How several processes come together, for the first call
     "Where this process computes."
     if parse_flag_from_env("ACCELERATE_USE_FSDP"): os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"), **group).device
 
 # %% ../nbs/02_models.ipynb #636a3c4f
 def wants_shards() -> bool:

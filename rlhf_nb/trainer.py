@@ -40,7 +40,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from huggingface_hub import ModelCard, create_repo, upload_folder
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
@@ -51,7 +51,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import is_bitsandbytes_available
 
-from .checkpoint import (check_output_dir, check_same, checkpoints, differences, discard, find_checkpoint, keep_newest, random_states,
+from .checkpoint import (check_output_dir, check_same, checkpoints, damage, differences, discard, find_checkpoint, keep_newest, random_states,
                                 read_state, set_aside, set_random_states, write_checkpoint)
 from .config import ModelArguments, PPOConfig
 from .data import preparer
@@ -67,6 +67,7 @@ from .report import curves, make_view
 from .rewards import RewardModel, Rewards, Scores, SharedRewards, holds_rewards, load_reward_model, show
 from .rollout import Rollout, connect, pad_rows, rollout
 from .shards import load_optimizer_state, optimizer_state, shard, unsharded
+from .together import Elsewhere, Lost, Together, join
 
 # %% ../nbs/06_trainer.ipynb #060e3a91
 logger = logging.getLogger(__name__)
@@ -258,7 +259,7 @@ class Parts:
         self.args = args = args or PPOConfig()
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         check_data(args, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        device = run_device()
+        device, self.together = run_device(**join(args.ddp_timeout)), Together(args.ddp_timeout)
         dtype = resolve_dtype(args.torch_dtype, device)
         self.accelerator = make_accelerator(args, dtype)
         self.int8 = args.rollout_int8 and device.type == "cpu" and torch.backends.mkldnn.is_available()
@@ -773,16 +774,15 @@ class Checkpoints(Published):
     def save_checkpoint(self):
         "All that the run needs to go on, under `checkpoint-STEP`."
         scaler = self.accelerator.scaler
-        main = self.accelerator.is_main_process
+        main, mine = self.accelerator.is_main_process, [random_states(self.generator)]
         state = dict(optimizer=optimizer_state(self.optimizer, keep=main), scheduler=self.lr_scheduler.state_dict(),
                      scaler=scaler.state_dict() if scaler else None, pending=self.pending, kl_coef=self.kl_ctl.value,
-                     moments=vars(self.moments), skips=asdict(self.skips), dealt=self.dealt, random=gather_object([random_states(self.generator)]),
+                     moments=vars(self.moments), skips=asdict(self.skips), dealt=self.dealt, random=gather_object(mine) if distributed.is_initialized() else mine,
                      kind=kind_of_run(self.policy, self.processing_class, self.args), settings=settings_of(self.args))
         weights = self.weights()
         if main:
             write_checkpoint(Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}", state, partial(self.write_model, weights=weights))
             keep_newest(self.args.output_dir, self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and self.args.hub_strategy == "every_save":
             try: self.push_to_hub(f"Update {self.state.global_step}")
             except RunError as e: logger.warning("%s", e)
@@ -830,10 +830,12 @@ class Watched(Checkpoints):
     def timed_step(self, rows: list[dict]) -> dict[str, float]: # Metrics
         "The three verbs, with the seconds that each took."
         clock = [time.perf_counter()]
-        lap = lambda x: (x, clock.append(time.perf_counter()))[0]
-        answers = lap(self.rollout(rows))
-        scores = lap(self.score(answers))
-        stats = lap(self.step(answers, scores))
+        def timed(name: str, verb: Callable, *what):
+            self.together.at(f"{name} of update {self.state.global_step + 1}")
+            return verb(*what), clock.append(time.perf_counter())
+        answers, _ = timed("rollout", self.rollout, rows)
+        scores, _ = timed("score", self.score, answers)
+        stats, _ = timed("step", self.step, answers, scores)
         seconds = np.diff(clock).tolist()
         speed = self.summed(answers.response_mask.sum()).item() / sum(seconds)
         return stats | dict(zip(("time/rollout", "time/score", "time/step"), seconds)) | {"tokens/second": speed}
@@ -842,8 +844,11 @@ class Watched(Checkpoints):
         "Score the validation prompts; sampled answers use the same draws each time."
         draws, n = torch.Generator().manual_seed(self.args.seed + 1), len(self.eval_dataset)
         mine = self.mine(math.ceil(n / self.accelerator.num_processes))
+        self.together.at(f"evaluate after update {self.state.global_step}")
         answers = self.rollout([self.eval_dataset[i % n] for i in range(mine.start, mine.stop)], draws, greedy=not self.args.eval_do_sample)
-        answers, scores = all_answers(self.accelerator, answers, self.score(answers), n)
+        scores = self.score(answers)
+        self.together.at(f"evaluate after update {self.state.global_step}, with its answers scored")
+        answers, scores = all_answers(self.accelerator, answers, scores, n)
         self.note_answers("eval", answers, scores, self.state.global_step)
         stats = rollout_stats(answers, scores, self.kl_ctl.value)
         names = {"objective/scores": "scores", "objective/kl": "kl", "objective/entropy": "entropy", "tokens/responses": "responses"}
@@ -892,7 +897,8 @@ class Watched(Checkpoints):
 # %% ../nbs/06_trainer.ipynb #176247c9
 class Signals:
     "Inside, the first SIGINT or SIGTERM is only remembered; the next one has its usual effect."
-    def __init__(self): self.seen, self.usual = 0, {}
+    def __init__(self, quiet: bool = False): # Say nothing of it
+        self.seen, self.usual, self.quiet = 0, {}, quiet
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -901,7 +907,7 @@ class Signals:
         return self
 
     def remember(self, number: int, frame):
-        logger.warning("%s: stopping after this update; once more stops at once", signal.Signals(number).name)
+        if not self.quiet: logger.warning("%s: stopping after this update; once more stops at once", signal.Signals(number).name)
         self.seen = number
         self.__exit__()
 
@@ -918,7 +924,23 @@ class PPOTrainer(Watched):
               resume_from_checkpoint: str | bool | None = None, # A checkpoint folder, or True for the newest in output_dir
     ) -> TrainOutput:
         "Train until `max_steps`, then save; called again after a stop, go on."
-        args, resume = self.args, resume_from_checkpoint or (None if self.state.global_step else self.args.resume_from_checkpoint)
+        with self.all_or_none(): self.run(resume_from_checkpoint or (None if self.state.global_step else self.args.resume_from_checkpoint))
+        for tracker in self.accelerator.trackers: tracker.finish()
+        if self.args.push_to_hub: self.push_to_hub()
+        return TrainOutput(self.state.global_step, self.last("loss/policy_avg"), self.state.log_history[-1] if self.state.log_history else {})
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        "Inside, what ends one process ends all; `RunError` where one is gone or does not come."
+        try:
+            with self.together: yield
+        except Lost as e:
+            whole = next((p for p in reversed(checkpoints(self.args.output_dir)) if damage(p) is None), None)
+            raise RunError(f"{e}. " + (f"{whole} is whole: --resume_from_checkpoint True goes on" if whole else f"{self.args.output_dir} has no checkpoint yet")) from e
+
+    def run(self, resume: str | bool | None): # A checkpoint folder, or True
+        "Updates, and what comes before and after them."
+        args = self.args
         fresh = not resume and not self.state.global_step
         if fresh or resume: check_output_dir(args.output_dir, args.overwrite_output_dir, bool(resume))
         if resume:
@@ -931,16 +953,14 @@ class PPOTrainer(Watched):
         with self.view:
             self.control = self.handler.on_train_begin(args, self.state, self.control)
             if args.do_eval and fresh: self.log_evaluation()
-            with Signals() as signals:
+            with Signals(quiet=self.accelerator.num_processes > 1) as signals:
                 self.loop(signals)
                 if self.pending and not self.stopped_by: self.log_pending()
                 evaluated = any("eval/ended" in e and e["step"] == self.state.global_step for e in self.state.log_history)
                 if args.do_eval and not self.stopped_by and not evaluated: self.log_evaluation()
                 self.save_model()
             self.control = self.handler.on_train_end(args, self.state, self.control)
-        for tracker in self.accelerator.trackers: tracker.finish()
-        if args.push_to_hub: self.push_to_hub()
-        return TrainOutput(self.state.global_step, self.last("loss/policy_avg"), self.state.log_history[-1] if self.state.log_history else {})
+        self.accelerator.wait_for_everyone()
 
     def loop(self, signals: Signals):
         "Updates until the last one, or until a signal."
@@ -953,7 +973,9 @@ class PPOTrainer(Watched):
             if self.control.should_evaluate: self.log_evaluation()
             self.stopped_by = int(from_all(self.accelerator, torch.tensor([signals.seen], device=self.accelerator.device)).max())
             lost = self.skips.in_a_row >= self.args.max_skipped_updates
-            if self.control.should_save or self.stopped_by or lost: self.save_checkpoint()
+            if self.control.should_save or self.stopped_by or lost:
+                self.save_checkpoint()
+                self.accelerator.wait_for_everyone()
             if lost: raise RunError(f"{self.skips.in_a_row} updates in a row were skipped; in update {self.skips.since} {self.skips.what} not finite. "
                                     f"The last weights are in {self.args.output_dir}/checkpoint-{self.state.global_step}")
             if self.stopped_by: logger.warning("Stopped after update %d; train() goes on, or --resume_from_checkpoint True", self.state.global_step)
@@ -961,10 +983,12 @@ class PPOTrainer(Watched):
 
     def guarded(self, work: Callable[[], dict[str, float]]) -> dict[str, float]: # What `work` returns: metrics
         "An update or an evaluation; if it cannot be, a checkpoint of the update before."
-        before = random_states(self.generator)
-        try: return work()
-        except Exception:
-            if self.whole and self.state.global_step and self.accelerator.num_processes == 1:
+        before, step = random_states(self.generator), self.state.global_step
+        try:
+            with self.together.freely(): return work()
+        except (Exception, Elsewhere) as e:
+            self.together.failed(e)
+            if self.whole and 0 < step == self.state.global_step and self.accelerator.is_main_process and not self.sharded:
                 set_random_states(before, self.generator)
                 try: self.save_checkpoint()
                 except OSError as e: logger.warning("%s", e)
