@@ -22,9 +22,9 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=words("requirements"),
     extras_require=dict(dev=words("dev_requirements"), bnb=words("bnb_requirements")),
-    packages=["rlhf_nb", "rlhf_nb.data"],
+    packages=["rlhf_nb", "rlhf_nb.accelerate_configs", "rlhf_nb.data"],
     package_dir={"rlhf_nb": "rlhf_nb", "rlhf_nb.data": "data"},
-    package_data={"rlhf_nb.data": ["**/*.jsonl", "**/*.json", "**/*.safetensors"]},
+    package_data={"rlhf_nb.accelerate_configs": ["*.yaml"], "rlhf_nb.data": ["**/*.jsonl", "**/*.json", "**/*.safetensors"]},
     entry_points=dict(console_scripts=words("console_scripts")),
     classifiers=[
         "Development Status :: 3 - Alpha", "Intended Audience :: Developers", "Intended Audience :: Science/Research",

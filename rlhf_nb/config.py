@@ -59,7 +59,7 @@ def validate(config: Any): # A dataclass instance
         value = getattr(config, f.name)
         if problem := complaint(value, hints[f.name]): raise ValueError(f"{f.name}={value!r}: {problem}")
 
-# %% ../nbs/00_config.ipynb #3376e466
+# %% ../nbs/00_config.ipynb #92539a42
 @dataclass
 class SamplingSettings:
     "How answers are written."
@@ -70,8 +70,13 @@ class SamplingSettings:
     min_target_length: Whole = setting(4, "Tokens before EOS may end an answer")
     stop_strings: list[str] | None = setting(None, "Texts that end an answer, too, and are cut from it: the user's turn marker, say")
     temperature: Positive = setting(1.0, "Sampling temperature, in effect wherever log-probs are computed")
+    gather_for_generation: bool = setting(True, "Sharded weights are gathered once to write answers; False: layer by layer for every token, where they fit on no single GPU")
     rollout_int8: bool = setting(False, "On a CPU: write answers with int8 weights; each token is weighted for the difference when it is learned from")
-    importance_sampling_cap: Positive = setting(2.0, "With rollout_int8: the weight of a token is at most this")
+    importance_sampling_cap: Positive = setting(2.0, "With rollout_int8 or use_vllm: the weight of a token is at most this")
+    use_vllm: bool = setting(False, "Answers come from a vLLM server, which gets the weights whenever they have changed; each token is weighted for the difference")
+    vllm_server_base_url: str = setting("http://localhost:8000", "With use_vllm: where the server listens")
+    vllm_server_timeout: Positive = setting(240.0, "With use_vllm: seconds to wait until the server is up")
+    vllm_group_port: Count = setting(51216, "With use_vllm: port for the weights; one for each run on a machine")
 
 # %% ../nbs/00_config.ipynb #c01cb0d0
 @dataclass
@@ -86,6 +91,7 @@ class RewardSettings:
     score_clip: Positive | None = setting(None, "Scores count within +- this, after scaling")
     reward_timeout: Positive | None = setting(None, "Seconds that a reward function may take for a batch; None: as long as it likes")
     reward_workers: Count = setting(1, "Calls of a reward function at the same time, each with a part of the batch: for functions that wait")
+    reward_processes: Count | None = setting(None, "Processes that hold the rewards and score for the others, too; default: all")
     missing_eos_penalty: NonNeg = setting(0.0, "Lost by an answer that reached max_target_length without ending")
     length_penalty: NonNeg = setting(0.0, "Lost for every token of an answer")
 
@@ -183,6 +189,10 @@ class PPOConfig(HubSettings, RunSettings, PPOSettings, KLSettings, RewardSetting
             (self.min_target_length > self.max_target_length,
              f"min_target_length={self.min_target_length} is more than max_target_length={self.max_target_length}"),
             ("" in (self.stop_strings or []), "stop_strings: an empty text would end every answer"),
+            (self.use_vllm and self.rollout_int8, "use_vllm and rollout_int8: choose one; the server decides on its own weights"),
+            (self.use_vllm and not self.gather_for_generation, "use_vllm needs gather_for_generation: sharded weights are gathered to be sent"),
+            (not self.vllm_server_base_url.startswith(("http://", "https://")),
+             f"vllm_server_base_url={self.vllm_server_base_url}: must begin with http:// or https://"),
             (self.use_score_norm and not self.use_score_scaling, "use_score_norm needs use_score_scaling"),
             (self.kl_in_loss and self.kl_estimator in ("k1", "abs"),
              f"kl_in_loss needs kl_estimator k2 or k3: the gradient of {self.kl_estimator} does not lead back to the reference"),

@@ -7,14 +7,15 @@ __all__ = ['logger', 'CHUNK', 'BLOCK', 'CRITIC', 'REFERENCE', 'VALUE_HEAD', 'Sam
            'token_entropy', 'head_part', 'head_logprobs', 'head_replaced', 'head_is_plain', 'rearranged',
            'SdpaBloomAttention', 'packs', 'FusedBloomMLP', 'FusedLora', 'modernise', 'PolicyOutput', 'unwrapped',
            'takes_position_ids', 'positions', 'use_adapter', 'ActorCritic', 'freeze_copy_of_adapter', 'Policy',
-           'lora_targets', 'run_device', 'has_bf16', 'resolve_dtype', 'check_decoder', 'quantization', 'load_lm',
-           'lora_config', 'load_adapter_weights', 'with_adapter', 'load_value_head', 'load_policy', 'load_tokenizer',
-           'prepare_tokenizer', 'end_tokens', 'check_lengths', 'hub_name', 'check_model', 'loading', 'save_policy',
-           'load_weights', 'merge_adapter']
+           'lora_targets', 'run_device', 'wants_shards', 'load_device', 'has_bf16', 'resolve_dtype', 'check_decoder',
+           'quantization', 'load_lm', 'lora_config', 'load_adapter_weights', 'with_adapter', 'load_value_head',
+           'load_policy', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'check_lengths', 'hub_name',
+           'check_model', 'loading', 'trained_weights', 'save_policy', 'load_weights', 'merge_adapter']
 
-# %% ../nbs/02_models.ipynb #28aa2ebf
+# %% ../nbs/02_models.ipynb #131eb442
 import inspect
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,9 +38,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig,
                           PreTrainedModel, PreTrainedTokenizerBase)
+from transformers.cache_utils import Cache
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomMLP
 
 from .config import ModelArguments
+from .shards import fill, unsharded
 
 # %% ../nbs/02_models.ipynb #c5bfda1a
 logger = logging.getLogger(__name__)
@@ -332,7 +335,7 @@ def use_adapter(lm: PeftModel,   # With more than one adapter
         lm.requires_grad_(False)
         for p in trained: p.requires_grad_(True)
 
-# %% ../nbs/02_models.ipynb #5b272970
+# %% ../nbs/02_models.ipynb #792a5753
 class ActorCritic(nn.Module):
     "A decoder with a value head."
     critic = "shared"
@@ -374,6 +377,16 @@ class ActorCritic(nn.Module):
             with use_adapter(self.lm, CRITIC): seen, _ = self.hidden(reads)
         with torch.autocast(seen.device.type, enabled=False):
             return PolicyOutput(says[0], self.value_head(seen.to(self.value_head.weight)).squeeze(-1), says[1])
+
+    def next_logits(self,
+                    ids: Tensor,    # What the cache does not hold yet, (B, n)
+                    mask: Tensor,   # 1 for real tokens, of all so far, (B, N)
+                    cache: Cache,   # Grows by n
+    ) -> Tensor:                    # (B, 1, V)
+        "Logits of the token that comes next."
+        extra = dict(position_ids=positions(mask)[:, -ids.shape[1]:]) if self.position_ids else {}
+        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
+        return unwrapped(self.lm)(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=last, **extra).logits
 
     def hidden(self, reads: dict, keep_logits: bool = False) -> tuple[Tensor, Tensor | None]: # What the model is called with
         "What the output layer is given, (B, T, H), and what it makes of it, if wanted."
@@ -456,10 +469,23 @@ def lora_targets(lm: PreTrainedModel,          # The base model
     if wanted: return wanted if wanted == "all-linear" else [w.strip() for w in wanted.split(",")]
     return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(lm.config.model_type, "all-linear")
 
-# %% ../nbs/02_models.ipynb #52e458f9
+# %% ../nbs/02_models.ipynb #34bb6a8a
 def run_device(**group) -> torch.device: # How several processes come together, for the first call
     "Where this process computes."
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"): os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"), **group).device
+
+# %% ../nbs/02_models.ipynb #636a3c4f
+def wants_shards() -> bool:
+    "Are weights to be spread over the processes? `ValueError` for the kinds of it that are not there."
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP") or PartialState().num_processes == 1: return False
+    if os.environ.get("FSDP_VERSION", "1") != "2": raise ValueError("FSDP 1 is not supported: set fsdp_version: 2 in the Accelerate configuration")
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"): raise ValueError("fsdp_offload_params is not supported: set it to false in the Accelerate configuration")
+    return True
+
+def load_device() -> torch.device:
+    "Where the policy is loaded."
+    return torch.device("cpu") if wants_shards() else run_device()
 
 # %% ../nbs/02_models.ipynb #63969772
 def has_bf16(device: torch.device) -> bool: # In hardware, not emulated
@@ -513,7 +539,7 @@ def load_lm(args: ModelArguments,
                                               quantization_config=quant, **common)
     return prepare_model_for_kbit_training(lm, use_gradient_checkpointing=False) if quant else lm
 
-# %% ../nbs/02_models.ipynb #18f1a479
+# %% ../nbs/02_models.ipynb #28ea917b
 VALUE_HEAD = "value_head.safetensors"
 
 def lora_config(lm: PreTrainedModel, args: ModelArguments) -> LoraConfig:
@@ -524,7 +550,8 @@ def lora_config(lm: PreTrainedModel, args: ModelArguments) -> LoraConfig:
 
 def load_adapter_weights(lm: PeftModel, path: str | Path, name: str): # A folder with an adapter; which of the model's it becomes
     "Take over an adapter's weights."
-    set_peft_model_state_dict(lm, load_peft_weights(str(path), device="cpu"), adapter_name=name)
+    saved = load_peft_weights(str(path), device="cpu")
+    for k, own in get_peft_model_state_dict(lm, adapter_name=name).items(): fill(own, saved[k])
 
 def with_adapter(lm: PreTrainedModel,
                  path: str,                  # Folder or hub name of an adapter
@@ -536,7 +563,8 @@ def with_adapter(lm: PreTrainedModel,
 
 def load_value_head(policy: Policy, path: str | Path | None): # A folder that may hold one
     "Take over the value head saved in `path`."
-    if path and (file := Path(path)/VALUE_HEAD).exists(): policy.value_head.load_state_dict(load_file(file))
+    if not (path and (file := Path(path)/VALUE_HEAD).exists()): return
+    for k, x in load_file(file).items(): fill(policy.value_head.get_parameter(k), x)
 
 def load_policy(args: ModelArguments,
                 dtype: torch.dtype = torch.float32,          # Of weights that are not trained
@@ -600,20 +628,33 @@ def loading(flag: str, name: str): # Setting, and the hub name or folder it was 
         raise ValueError(f"{flag}={name} cannot be loaded: {str(e).strip().splitlines()[0]}") from e
     except UnpicklingError as e: raise ValueError(f"{flag}={name} is refused: its weights are a pickle with more than weights in it, which would run code") from e
 
-# %% ../nbs/02_models.ipynb #47523062
-def save_policy(policy: Policy, path: str | Path): # A folder, made if need be
+# %% ../nbs/02_models.ipynb #6ac452f9
+def trained_weights(policy: Policy,
+                    keep: bool = True,   # Does this process want them?
+) -> dict[str, Tensor | None]:           # By name, on the CPU
+    "What is trained, and buffers, put together: a matter of all processes."
+    state = policy.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, p in state.items():
+        if p.requires_grad or not isinstance(p, nn.Parameter): names.setdefault(id(p), []).append(name)
+    return {name: x for same in names.values() for x in [unsharded(state[same[0]], keep)] for name in same}
+
+def save_policy(policy: Policy,
+                path: str | Path,                        # A folder, made if need be
+                weights: dict[str, Tensor] | None = None): # What `trained_weights` gave, if the policy is sharded
     "Adapter (or all weights) as peft and transformers write them, and the value head."
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     adapter = {}
+    of = lambda part: {k.removeprefix(f"{part}."): x for k, x in weights.items() if k.startswith(f"{part}.")} if weights else None
     if isinstance(policy.lm, PeftModel):
         adapter = dict(selected_adapters=[policy.lm.active_adapter, *([CRITIC] if CRITIC in policy.lm.peft_config else [])])
     shutil.rmtree(path/CRITIC, ignore_errors=True)
-    policy.lm.save_pretrained(path, **adapter)
+    policy.lm.save_pretrained(path, state_dict=of("lm"), **adapter)
     if adapter and (named := path/policy.lm.active_adapter).is_dir():
         for file in named.iterdir(): file.replace(path/file.name)
         named.rmdir()
-    save_file({k: v.detach().cpu().contiguous() for k, v in policy.value_head.state_dict().items()}, path/VALUE_HEAD)
+    save_file({k: v.detach().cpu().contiguous() for k, v in (of("value_head") or policy.value_head.state_dict()).items()}, path/VALUE_HEAD)
 
 def load_weights(policy: Policy, path: str | Path): # A folder that `save_policy` wrote
     "Take over the trained weights and the value head; the reference stays as it is."
@@ -621,7 +662,9 @@ def load_weights(policy: Policy, path: str | Path): # A folder that `save_policy
     if isinstance(policy.lm, PeftModel):
         load_adapter_weights(policy.lm, path, policy.lm.active_adapter)
         if CRITIC in policy.lm.peft_config: load_adapter_weights(policy.lm, path/CRITIC, CRITIC)
-    else: policy.lm.load_state_dict(type(policy.lm).from_pretrained(path, dtype=torch.float32).state_dict())
+    else:
+        saved = type(policy.lm).from_pretrained(path, dtype=torch.float32).state_dict()
+        for k, own in policy.lm.state_dict().items(): fill(own, saved[k])
     load_value_head(policy, path)
 
 def merge_adapter(base: str,              # Hub name or folder of the base model

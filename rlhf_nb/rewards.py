@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'as_messages', 'as_text', 'encode_pair', 'model_max_length', 'fit_pair', 'skewed', 'StridedAttention',
            'strided', 'pick_label', 'RewardModel', 'show', 'is_number', 'check_scores', 'Late', 'concurrently',
-           'in_parts', 'call_reward', 'call_plainly', 'culprit', 'Scores', 'Rewards', 'load_reward_model']
+           'in_parts', 'call_reward', 'call_plainly', 'culprit', 'Scores', 'Rewards', 'holds_rewards', 'SharedRewards',
+           'load_reward_model']
 
 # %% ../nbs/03_rewards.ipynb #e8f84b1a
 import asyncio
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -271,14 +274,20 @@ class Rewards:
                  columns: dict[str, list] | None = None, # Further columns of the data set
                  **extra) -> Scores:
         "Weighted sum of all rewards, less the baseline."
-        limits = lambda f: {} if isinstance(f, RewardModel) else dict(timeout=self.timeout, workers=self.workers)
-        rows = [call_reward(f, n, prompts, completions, columns or {}, **limits(f), **extra) for f, n in zip(self.funcs, self.names)]
+        rows = self.ask(prompts, completions, columns or {}, **extra)
         each = torch.tensor([[sum(s) if isinstance(s, list) else s for s in row] for row in rows], dtype=torch.float32)
-        for prompt, none in zip(prompts, each.isnan().all(0)):
-            if none: raise ValueError(f"No reward applies to the prompt {show(prompt)}: {', '.join(self.names)} all gave None")
         counts = ~each.isnan() & (self.weights != 0)[:, None]
         total = torch.where(counts, each * self.weights[:, None], 0.).sum(0) - self.baseline
         return Scores(total, dict(zip(self.names, each)), self.per_token(rows))
+
+    def ask(self, prompts: list, completions: list, columns: dict[str, list], **extra) -> list[list[float | list[float]]]: # Of each function, for each answer
+        "What the functions say; `ValueError` that names a prompt to which none applies."
+        limits = lambda f: {} if isinstance(f, RewardModel) else dict(timeout=self.timeout, workers=self.workers)
+        rows = [call_reward(f, n, prompts, completions, columns, **limits(f), **extra) for f, n in zip(self.funcs, self.names)]
+        for prompt, given in zip(prompts, zip(*rows)):
+            if all(math.isnan(sum(s) if isinstance(s, list) else s) for s in given):
+                raise ValueError(f"No reward applies to the prompt {show(prompt)}: {', '.join(self.names)} all gave None")
+        return rows
 
     def per_token(self, rows: list[list[float | list[float]]]) -> Tensor | None: # For each function and answer; (B, T)
         "Weighted sum of what was given for single tokens."
@@ -286,6 +295,34 @@ class Rewards:
         if not width: return None
         padded = torch.tensor([[s + [0.] * (width - len(s)) if isinstance(s, list) else [0.] * width for s in row] for row in rows])
         return torch.where(self.weights[:, None, None] != 0, padded * self.weights[:, None, None], 0.).sum(0)
+
+# %% ../nbs/03_rewards.ipynb #38e5a459
+def holds_rewards(reward_processes: int | None) -> bool: # None: all do
+    "Does this process score?"
+    return reward_processes is None or PartialState().process_index < reward_processes
+
+class SharedRewards(Rewards):
+    "Rewards of the first few processes, which score for all."
+    def __init__(self,
+                 funcs: list,     # As for `Rewards`; names, models or functions that are not used where they are not held
+                 *args,           # As for `Rewards`
+                 holders: int):   # Processes that score, from 0 on
+        super().__init__(funcs, *args)
+        self.holders, self.names = holders, broadcast_object_list([self.names])[0]
+
+    def ask(self, prompts: list, completions: list, columns: dict[str, list], **extra) -> list[list[float | list[float]]]: # As in `Rewards`
+        "What the functions say to this process's answers, wherever they say it."
+        rank, own = PartialState().process_index, dict(prompts=prompts, completions=completions, **columns, **extra)
+        batches = gather_object([{k: v for k, v in own.items() if isinstance(v, list)}])
+        every, failed, said = own | {k: [x for b in batches for x in b[k]] for k in batches[rank]}, None, []
+        for part in in_parts(every, self.holders)[rank:rank + 1]:
+            common = [part.pop("prompts"), part.pop("completions"), {k: part.pop(k) for k in columns}]
+            try: said = [*zip(*super().ask(*common, **part))]
+            except ValueError as e: failed, said = e, [e]
+        said = gather_object(said)
+        for wrong in (s for s in said if isinstance(s, ValueError)): raise wrong from failed
+        start = sum(len(b["prompts"]) for b in batches[:rank])
+        return [*zip(*said[start:start + len(prompts)])]
 
 # %% ../nbs/03_rewards.ipynb #e95c5fd9
 def load_reward_model(name: str,                   # Hub name or folder

@@ -4,16 +4,24 @@
 
 # %% auto #0
 __all__ = ['BYTES', 'draw', 'sample_tokens', 'for_few_rows', 'merged_weight', 'ready_to_write', 'as_int8', 'for_few_rows_int8',
-           'RoomyLayer', 'roomy_cache', 'generate', 'Rollout', 'pad_rows', 'padded', 'decode', 'stopper', 'write',
-           'rollout']
+           'RoomyLayer', 'roomy_cache', 'generate', 'Rollout', 'pad_rows', 'padded', 'decode', 'stopper', 'by_length',
+           'write', 'rollout', 'base_weights', 'fingerprint', 'end_of', 'request', 'VLLMWriter', 'connect']
 
-# %% ../nbs/04_rollout.ipynb #4dec7f5e
+# %% ../nbs/04_rollout.ipynb #4cf421f8
+import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -22,7 +30,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from .data import encode_prompt
-from .models import FusedBloomMLP, FusedLora, Policy, Sampling, packs, positions, sampling_logits, token_logprobs, unwrapped
+from .models import CRITIC, FusedBloomMLP, FusedLora, Policy, Sampling, packs, sampling_logits, token_logprobs, unwrapped
+from .shards import gathered, is_gathered
+
+if TYPE_CHECKING: from trl.generation.vllm_client import VLLMClient
 
 # %% ../nbs/04_rollout.ipynb #56df0461
 def draw(weights: Tensor, # Not negative, (B, N)
@@ -47,7 +58,7 @@ def sample_tokens(logits: Tensor,   # (B, V), float32
     within, _ = draw(p[rows, index], rest)
     return (index * block + within).clamp(max=logits.shape[1] - 1), (p[rows, index, within] / total).log()
 
-# %% ../nbs/04_rollout.ipynb #48f9017e
+# %% ../nbs/04_rollout.ipynb #6bd05f2b
 def for_few_rows(weight: Tensor,      # (out, in)
                  bias: Tensor | None, # (out,)
                  rows: int,
@@ -72,7 +83,7 @@ def ready_to_write(lm: PreTrainedModel, # Without a wrapper
                    int8: bool = False,  # Round the weights to a byte each
 ) -> Iterator[None]:
     "Inside, on a CPU, linear layers are merged and packed; the weights themselves stay as they are."
-    if lm.device.type != "cpu":
+    if lm.device.type != "cpu" or not is_gathered(lm):
         yield
         return
     lora = [m for m in lm.modules() if type(m) is FusedLora and type(m.base_layer) is nn.Linear and not m.lora_variant and not any(b.bias is not None for b in m.lora_B.values())]
@@ -151,7 +162,7 @@ def roomy_cache(config, room: int) -> DynamicCache: # A model's config; tokens
     cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
-# %% ../nbs/04_rollout.ipynb #72f97be4
+# %% ../nbs/04_rollout.ipynb #048b9955
 @torch.no_grad()
 def generate(policy: Policy,
              query_ids: Tensor,         # Prompts, padded on the left, (B, P)
@@ -161,20 +172,18 @@ def generate(policy: Policy,
              pad_id: int,               # Fills the rest of shorter answers
              uniforms: Tensor | None,   # One draw per row and position, (B, max_length); None: the likeliest token
              stop: Callable[[Tensor], Tensor] | None = None, # Ids so far, (n, t), to which answers end here, (n,)
+             anyone: Callable[[bool], bool] | None = None,   # Does this process still write? Does any? None: each by itself
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # Answers, padded on the right, mask and log-probs, (B, T) each; did they end by themselves? (B,)
     "Sample an answer to each prompt; it ends with EOS, with a stop string, or at `max_length`."
-    lm = unwrapped(policy.lm)
     eos = torch.tensor(sampling.eos_token_ids, device=query_ids.device)
     answers = query_ids.new_full((len(query_ids), max_length), pad_id)
     logprobs = torch.zeros(answers.shape, device=answers.device)
     lengths, ended = query_ids.new_zeros(len(query_ids)), torch.zeros(len(query_ids), dtype=torch.bool, device=query_ids.device)
-    rows, cache = torch.arange(len(query_ids), device=query_ids.device), roomy_cache(lm.config, query_ids.shape[1] + max_length)
+    rows, cache = torch.arange(len(query_ids), device=query_ids.device), roomy_cache(policy.lm.config, query_ids.shape[1] + max_length)
     ids, mask = query_ids, query_mask.long()
     for t in range(max_length):
-        extra = dict(position_ids=positions(mask)[:, -ids.shape[1]:]) if policy.position_ids else {}
-        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
-        logits = lm(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=last, **extra).logits
-        logits = sampling_logits(logits, sampling, start=t)[:, 0]
+        if anyone and t: anyone(True)
+        logits = sampling_logits(policy.next_logits(ids, mask, cache), sampling, start=t)[:, 0]
         if uniforms is None: new, logprobs[rows, t] = (likeliest := logits.argmax(-1)), token_logprobs(logits, likeliest)
         else: new, logprobs[rows, t] = sample_tokens(logits, uniforms[rows, t])
         answers[rows, t], lengths[rows] = new, t + 1
@@ -187,10 +196,13 @@ def generate(policy: Policy,
             rows, new, mask = rows[on], new[on], mask[on]
             cache.batch_select_indices(on)
         ids, mask = new[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    for _ in range(t + 1, max_length):
+        if not (anyone and anyone(False)): break
+        policy.next_logits(query_ids[:1], query_mask[:1], roomy_cache(policy.lm.config, query_ids.shape[1]))
     longest = lengths.max()
     return answers[:, :longest], (torch.arange(longest, device=lengths.device) < lengths[:, None]).long(), logprobs[:, :longest], ended
 
-# %% ../nbs/04_rollout.ipynb #f73edb15
+# %% ../nbs/04_rollout.ipynb #5cbf9e56
 class Rollout(NamedTuple):
     "Answers to B prompts, (B, T) unless said; outside the masks stand pads and zeros."
     rows: list[dict]         # The data set's rows
@@ -201,7 +213,7 @@ class Rollout(NamedTuple):
     response_ids: Tensor     # The drawn tokens, EOS included
     response_mask: Tensor    # 1 where a token was drawn
     logprobs: Tensor         # Of the drawn tokens, under the policy
-    sampling_logprobs: Tensor # As they were drawn: by merged and rounded weights
+    sampling_logprobs: Tensor # As they were drawn: by merged and rounded weights, or by a server
     ref_logprobs: Tensor     # Under the reference
     values: Tensor           # Reward that the critic expects, before each token
     entropy: Tensor          # Of the policy at each token, in nats
@@ -214,11 +226,12 @@ def pad_rows(rows: list[Tensor],  # 1-D tensors of any lengths
     "One tensor from rows of several lengths."
     return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
-def padded(queries: list[Tensor],  # Prompts, 1-D
+def padded(rows: list[Tensor],     # Ids, 1-D
            pad_id: int,
-) -> tuple[Tensor, Tensor]:        # Ids and mask, (B, P) each
-    "Prompts as a batch."
-    return pad_rows(queries, "left", pad_id), pad_rows([torch.ones_like(q) for q in queries], "left")
+           side: str = "left",     # Of the pads: left for prompts, right for answers
+) -> tuple[Tensor, Tensor]:        # Ids and mask, (len(rows), longest) each
+    "A batch."
+    return pad_rows(rows, side, pad_id), pad_rows([torch.ones_like(x) for x in rows], side)
 
 def decode(ids: Tensor,                        # One answer's tokens, (T,)
            tokenizer: PreTrainedTokenizerBase,
@@ -241,7 +254,14 @@ def stopper(tokenizer: PreTrainedTokenizerBase,
         return torch.tensor([any(s in text for s in stop_strings) for text in texts], device=ids.device)
     return stop
 
-# %% ../nbs/04_rollout.ipynb #b6c1b774
+# %% ../nbs/04_rollout.ipynb #bc2aebc6
+def by_length(queries: list[Tensor],   # Prompts, 1-D
+              batch_size: int | None,  # None: all at once
+) -> list[list[int]]:                  # Indices
+    "Batches of prompts of like length."
+    order, size = sorted(range(len(queries)), key=lambda i: len(queries[i])), batch_size or len(queries)
+    return [order[i:i + size] for i in range(0, len(order), size)]
+
 @torch.no_grad()
 def write(policy: Policy,
           queries: list[Tensor],            # Prompts, 1-D
@@ -252,16 +272,16 @@ def write(policy: Policy,
           batch_size: int | None = None,    # Prompts answered at once; None: all
           stop: Callable[[Tensor], Tensor] | None = None, # As in `generate`
           int8: bool = False,               # With int8 weights
+          anyone: Callable[[bool], bool] | None = None,   # As in `generate`; None: sharded weights are gathered until all is written
 ) -> Iterator[tuple[list[int], tuple[Tensor, Tensor], tuple[Tensor, ...]]]: # Which prompts, their batch, and what `generate` says
     "Answer prompts, those of like length together."
-    order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
-    chunks = [order[i:i + (batch_size or len(order))] for i in range(0, len(order), batch_size or len(order))]
-    with ready_to_write(unwrapped(policy.lm), len(chunks[0]), int8):
+    chunks = by_length(queries, batch_size)
+    with nullcontext() if anyone else gathered(policy), ready_to_write(unwrapped(policy.lm), len(chunks[0]), int8):
         for chunk in chunks:
             asked = padded([queries[i] for i in chunk], pad_id)
-            yield chunk, asked, generate(policy, *asked, sampling, max_length, pad_id, None if uniforms is None else uniforms[chunk], stop)
+            yield chunk, asked, generate(policy, *asked, sampling, max_length, pad_id, None if uniforms is None else uniforms[chunk], stop, anyone)
 
-# %% ../nbs/04_rollout.ipynb #6b75e5a7
+# %% ../nbs/04_rollout.ipynb #54c917e0
 @torch.no_grad()
 def rollout(policy: Policy,
             tokenizer: PreTrainedTokenizerBase,     # The policy's
@@ -276,13 +296,16 @@ def rollout(policy: Policy,
             rank: int = 0,                          # Which of the processes that answer equally many prompts
             world: int = 1,                         # How many there are
             int8: bool = False,                     # Write with int8 weights
+            anyone: Callable[[bool], bool] | None = None, # As in `write`
+            writer: Callable | None = None,         # Writes the answers, with the arguments of `write` up to `stop`; None: the policy
 ) -> Rollout:
     "Answer each prompt and look at each answer once with the policy and once with the reference."
     device, pad = policy.value_head.weight.device, tokenizer.pad_token_id
     queries = [torch.tensor(encode_prompt(row["prompt"], tokenizer, max_source_length), device=device) for row in rows]
     uniforms = None if generator is None else torch.rand(world, len(rows), max_target_length, generator=generator)[rank].to(device)
     stop = stopper(tokenizer, stop_strings) if stop_strings else None
-    with autocast(): written = [*write(policy, queries, sampling, max_target_length, pad, uniforms, batch_size, stop, int8)]
+    writer = writer or partial(write, int8=int8, anyone=anyone)
+    with autocast(): written = [*writer(policy, queries, sampling, max_target_length, pad, uniforms, batch_size, stop)]
     parts: dict[int, tuple[Tensor, ...]] = {}
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     for chunk, q, (r, rm, drawn, ended[chunk]) in written:
@@ -294,3 +317,118 @@ def rollout(policy: Policy,
     return Rollout(rows, [row["prompt"] for row in rows], [decode(x, tokenizer, sampling.eos_token_ids, stop_strings) for x in ids],
                    *padded(queries, pad), pad_rows(ids, "right", pad),
                    *(pad_rows(x, "right") for x in rest), ended)
+
+# %% ../nbs/04_rollout.ipynb #370bad90
+def base_weights(lm: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]: # Names as in the base model; what is tied, once
+    "Parameters with what the active adapter adds; `ValueError` where that is no parameter of the base model."
+    adapter, seen, changed = lm.active_adapter if isinstance(lm, PeftModel) else None, set(), set()
+    @torch.no_grad()
+    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(module, ModulesToSaveWrapper): module = module.modules_to_save[adapter]
+        if isinstance(module, AuxiliaryTrainingWrapper): raise ValueError(f"{prefix[:-1]}: single trained tokens are no weights of the base model")
+        own = merged = module
+        if isinstance(module, BaseTunerLayer):
+            own, merged = module.get_base_layer(), deepcopy(module)
+            merged.merge(adapter_names=[adapter])
+            merged = merged.get_base_layer()
+        for (name, p), (_, now) in zip(own.named_parameters(recurse=False), merged.named_parameters(recurse=False)):
+            if p in changed or p in seen and own is not merged: raise ValueError(f"{prefix + name} is tied to another layer, and only one of them is adapted")
+            if p not in seen: yield prefix + name, now.data
+            seen.add(p)
+            if own is not merged: changed.add(p)
+        for name, child in own.named_children(): yield from walk(child, f"{prefix}{name}.")
+    return walk(unwrapped(lm), "")
+
+def fingerprint(lm: PreTrainedModel | PeftModel) -> list[int]: # For each trained weight of the policy
+    "Sums over bits: others, once the weights are."
+    trained = [p for name, p in lm.named_parameters() if p.requires_grad and f".{CRITIC}." not in name]
+    return torch.stack([p.detach().view(torch.int32).sum() for p in trained]).tolist()
+
+# %% ../nbs/04_rollout.ipynb #16a32a83
+def end_of(ids: list[int],      # An answer
+           sampling: Sampling,
+           stop: Callable[[Tensor], Tensor] | None = None, # As in `generate`
+) -> tuple[int, bool]:          # Tokens that count; did it end by itself?
+    "Where EOS or a stop string ends an answer."
+    for n, token in enumerate(ids, 1):
+        if token in sampling.eos_token_ids or stop and stop(torch.tensor([ids[:n]])).item(): return n, True
+    return len(ids), False
+
+# %% ../nbs/04_rollout.ipynb #cd3d44f0
+def request(client: "VLLMClient",
+            prompt: list[int],      # Token ids
+            seed: int | None,       # None: the likeliest tokens
+            sampling: Sampling,
+            max_length: int,        # Longest answer, in tokens
+            stop_strings: list[str] | None = None,
+) -> tuple[list[int], list[float]]: # Tokens and log-probs
+    "One answer; `ValueError` if it is none."
+    ends = dict(min_tokens=sampling.min_length, ignore_eos=True, stop_token_ids=[*sampling.eos_token_ids], stop=stop_strings)
+    said = client.generate([prompt], temperature=0. if seed is None else sampling.temperature, max_tokens=max_length,
+                           generation_kwargs=ends | dict(seed=seed, skip_special_tokens=False))
+    ids, logprobs = said["completion_ids"][0], [math.nan if x is None else x for x, *_ in said["logprobs"][0]]
+    if 0 < len(ids) == len(logprobs) <= max_length: return ids, logprobs
+    raise ValueError(f"{len(ids)} tokens and {len(logprobs)} log-probs for an answer of at most {max_length}")
+
+# %% ../nbs/04_rollout.ipynb #c1407f88
+class VLLMWriter:
+    "Answers from a vLLM server; the main process asks for all."
+    def __init__(self,
+                 client: "VLLMClient | None",            # None in other processes
+                 lm: PreTrainedModel | PeftModel,        # The policy's
+                 stop_strings: list[str] | None = None): # Texts that end an answer, too
+        self.client, self.stop_strings, self.sent = client, stop_strings, None
+        self.shapes = [(name, str(p.dtype).removeprefix("torch."), list(p.shape)) for name, p in base_weights(lm)] if client else []
+
+    def send(self, lm: PreTrainedModel | PeftModel):
+        "The weights, if there is a server and it has others."
+        if not self.client or self.sent == (now := fingerprint(lm)): return
+        with torch.autocast(lm.device.type, enabled=False): self.client.update_named_params(self.shapes, base_weights(lm))
+        self.client.reset_prefix_cache()
+        self.sent = now
+
+    def __call__(self, policy: Policy, queries: list[Tensor], sampling: Sampling, max_length: int, pad_id: int, uniforms: Tensor | None,
+                 batch_size: int | None = None, stop: Callable[[Tensor], Tensor] | None = None):
+        "As `write`; `ConnectionError` in every process if the server fails."
+        state, n, said, failed = PartialState(), len(queries), None, None
+        seeds = [None] * n if uniforms is None else (uniforms[:, 0].double() * 2**24).long().tolist()
+        asked = gather_object([*zip((q.tolist() for q in queries), seeds)])
+        with gathered(policy):
+            try: self.send(policy.lm)
+            except Exception as e: failed = e
+        if self.client:
+            one = partial(request, self.client, sampling=sampling, max_length=max_length, stop_strings=self.stop_strings)
+            try:
+                if failed: raise failed
+                with ThreadPoolExecutor((batch_size or n) * state.num_processes) as pool: said = [*pool.map(one, *zip(*asked))]
+            except Exception as e: said, failed = f"The vLLM server failed: {type(e).__name__}: {e}", e
+        said, = broadcast_object_list([said])
+        if isinstance(said, str): raise ConnectionError(said) from failed
+        mine = [(*answer, *end_of(answer[0], sampling, stop)) for answer in said[state.process_index * n:(state.process_index + 1) * n]]
+        device = queries[0].device
+        for chunk in by_length(queries, batch_size):
+            ids, logprobs, ended = zip(*((ids[:length], drawn[:length], end) for ids, drawn, length, end in (mine[i] for i in chunk)))
+            answers, mask = padded([torch.tensor(x, device=device) for x in ids], pad_id, "right")
+            drawn = pad_rows([torch.tensor(x, device=device) for x in logprobs], "right")
+            yield chunk, padded([queries[i] for i in chunk], pad_id), (answers, mask, drawn, torch.tensor(ended, device=device))
+
+# %% ../nbs/04_rollout.ipynb #a552bba7
+def connect(policy: Policy,
+            base_url: str,          # Of the server
+            timeout: float,         # Seconds to wait for it
+            group_port: int,        # For the weights
+            device: torch.device,   # Where they are
+            stop_strings: list[str] | None = None, # Texts that end an answer, too
+) -> VLLMWriter:
+    "Join the server, in the main process; `ValueError` that says what is missing."
+    if getattr(unwrapped(policy.lm), "is_quantized", False): raise ValueError("use_vllm: the server cannot take over weights in 8 or 4 bits")
+    if not PartialState().is_main_process: return VLLMWriter(None, policy.lm)
+    try:
+        from trl.generation.vllm_client import VLLMClient
+        client = VLLMClient(base_url=base_url, group_port=group_port, connection_timeout=timeout)
+        mode = client.get_server_info()["model_config"]["logprobs_mode"]
+        if mode != "processed_logprobs": raise ValueError(f"the server at {base_url} gives {mode}; start it with --logprobs-mode processed_logprobs")
+        writer = VLLMWriter(client, policy.lm, stop_strings)
+        client.init_communicator(device)
+    except Exception as e: raise ValueError(f"use_vllm: {e}") from e
+    return writer

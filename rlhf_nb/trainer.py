@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['logger', 'PATHS', 'KEPT', 'LEFT', 'HEADLINES', 'Experience', 'make_experience', 'micro_batch', 'as_policy',
-           'as_reward', 'make_accelerator', 'make_rewards', 'optimizer_class', 'make_optimizer', 'make_leash',
-           'check_data', 'Schedule', 'RunError', 'Skips', 'not_finite', 'Parts', 'from_all', 'all_answers', 'means',
-           'recomputed', 'smaller', 'Losses', 'Gradients', 'Update', 'deal', 'Answers', 'Verbs', 'rollout_stats',
-           'ratios', 'distinct_pairs', 'update_stats', 'settings_of', 'Files', 'one_line', 'Published', 'kind_of_run',
-           'Checkpoints', 'Watched', 'Signals', 'PPOTrainer']
+           'as_reward', 'make_accelerator', 'spread_out', 'make_rewards', 'optimizer_class', 'make_optimizer',
+           'make_leash', 'check_data', 'Schedule', 'RunError', 'Skips', 'not_finite', 'Parts', 'from_all',
+           'all_answers', 'means', 'recomputed', 'smaller', 'Losses', 'Gradients', 'Update', 'deal', 'Answers', 'Verbs',
+           'rollout_stats', 'ratios', 'distinct_pairs', 'update_stats', 'settings_of', 'Files', 'one_line', 'Published',
+           'kind_of_run', 'Checkpoints', 'Watched', 'Signals', 'PPOTrainer']
 
-# %% ../nbs/06_trainer.ipynb #6c6fc3cb
+# %% ../nbs/06_trainer.ipynb #92e9dfab
 import hashlib
 import json
 import logging
@@ -34,13 +34,15 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast, gather_object, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from huggingface_hub import ModelCard, create_repo, upload_folder
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoTokenizer, DefaultFlowCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl,
                           TrainerState, get_scheduler)
@@ -53,8 +55,8 @@ from .checkpoint import (check_output_dir, check_same, checkpoints, damage, diff
                                 read_state, set_aside, set_random_states, write_checkpoint)
 from .config import ModelArguments, PPOConfig
 from .data import preparer
-from .models import (CRITIC, VALUE_HEAD, Policy, Sampling, check_lengths, end_tokens, load_lm, load_weights, lora_targets, prepare_tokenizer,
-                            resolve_dtype, run_device, save_policy, unwrapped, use_adapter)
+from .models import (CRITIC, VALUE_HEAD, Policy, Sampling, check_lengths, end_tokens, load_device, load_lm, load_weights, lora_targets, prepare_tokenizer,
+                            resolve_dtype, run_device, save_policy, trained_weights, unwrapped, use_adapter, wants_shards)
 from .ppo import (AdaptiveKL, FixedKL, RunningMoments, approx_kl, explained_variance, gae, importance_weights, keep, kl_penalty, masked_mean,
                          masked_var, policy_loss, shape_scores, token_rewards, value_loss, whiten)
 from . import __version__
@@ -62,8 +64,9 @@ from .card import model_card, public_name, without_paths
 from .diagnosis import Doctor
 from .logs import answers_table, discard_answers, log_answers, log_settings, save_answers
 from .report import curves, make_view
-from .rewards import RewardModel, Rewards, Scores, load_reward_model, show
-from .rollout import Rollout, pad_rows, rollout
+from .rewards import RewardModel, Rewards, Scores, SharedRewards, holds_rewards, load_reward_model, show
+from .rollout import Rollout, connect, pad_rows, rollout
+from .shards import load_optimizer_state, optimizer_state, shard, unsharded
 from .together import Elsewhere, Lost, Together, join
 
 # %% ../nbs/06_trainer.ipynb #060e3a91
@@ -81,7 +84,7 @@ class Experience(NamedTuple):
     values: Tensor         # Likewise
     advantages: Tensor     # Whitened
     returns: Tensor        # What the critic should have said
-    weights: Tensor        # What a token counts: 1, but with rollout_int8
+    weights: Tensor        # What a token counts: 1, but with rollout_int8 or use_vllm
 
 def make_experience(rollout: Rollout,
                     scores: Tensor,   # One per answer, (B,)
@@ -98,7 +101,7 @@ def make_experience(rollout: Rollout,
     if args.whiten_rewards: rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.values, mask, args.gamma, args.lam)
     weights = torch.ones_like(kl)
-    if args.rollout_int8: weights = importance_weights(rollout.logprobs, rollout.sampling_logprobs, args.importance_sampling_cap)
+    if args.rollout_int8 or args.use_vllm: weights = importance_weights(rollout.logprobs, rollout.sampling_logprobs, args.importance_sampling_cap)
     return Experience(*rollout[3:7], rollout.logprobs, rollout.ref_logprobs, rollout.values, whiten(advantages, mask), returns, weights)
 
 def micro_batch(exp: Experience, rows: Tensor) -> Experience: # Indices, (n,)
@@ -136,7 +139,7 @@ def as_reward(reward: str | PreTrainedModel | Callable,
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(reward.config._name_or_path)
     return RewardModel(reward.to(device), tokenizer, args.reward_label, args.reward_batch_size)
 
-# %% ../nbs/06_trainer.ipynb #8ff55392
+# %% ../nbs/06_trainer.ipynb #eb7a31f2
 def make_accelerator(args: PPOConfig, dtype: torch.dtype) -> Accelerator: # Type of the matrix products
     "One per run; an earlier run in the same process may have used another precision."
     AcceleratorState._reset_state()
@@ -146,19 +149,34 @@ def make_accelerator(args: PPOConfig, dtype: torch.dtype) -> Accelerator: # Type
     if trackers and not accelerator.log_with: raise ValueError(f"log_with={trackers}: this package is not installed")
     return accelerator
 
+def spread_out(policy: Policy, accelerator: Accelerator) -> Policy:
+    "The same weights in every process or, with FSDP, its part of them in each."
+    for p in policy.parameters():
+        if p.requires_grad: p.data.copy_(broadcast(p.data.to(accelerator.device)))
+    policy = accelerator.prepare_model(policy, evaluation_mode=True)
+    if not wants_shards(): return policy
+    if not all(p.is_floating_point() for p in policy.parameters()): raise ValueError("FSDP does not go with load_in_8bit or load_in_4bit: leave one of them out")
+    mesh = DeviceMesh(accelerator.device.type, range(accelerator.num_processes))
+    shard(policy, set(unwrapped(policy.lm)._no_split_modules or ()), mesh, methods=("next_logits",))
+    sizes = [sum(p.numel() for p in params) for params in ([p.to_local() for p in policy.parameters()], policy.parameters())]
+    logger.info("FSDP: this process holds %s of %s parameters", *(f"{n:,}" for n in sizes))
+    return policy
+
 def make_rewards(reward_funcs: str | PreTrainedModel | Callable | list,                 # One reward, or several
                  tokenizers: PreTrainedTokenizerBase | list | None,                     # Of reward models that are given, not named
                  args: PPOConfig,
                  dtype: torch.dtype,
                  device: torch.device,
 ) -> Rewards:
-    "All rewards as one."
+    "All rewards as one; a process that holds none loads none."
     listed = lambda x: list(x) if isinstance(x, (list, tuple)) else [x]
     funcs = listed(reward_funcs)
     tokenizers = listed(tokenizers) if tokenizers else [None] * len(funcs)
     if len(tokenizers) != len(funcs): raise ValueError(f"reward_processing_classes has {len(tokenizers)} entries for {len(funcs)} rewards")
-    return Rewards([as_reward(f, t, args, dtype, device) for f, t in zip(funcs, tokenizers)], args.reward_weights, args.reward_baseline,
-                   args.reward_timeout, args.reward_workers)
+    if holds_rewards(args.reward_processes): funcs = [as_reward(f, t, args, dtype, device) for f, t in zip(funcs, tokenizers)]
+    common = funcs, args.reward_weights, args.reward_baseline, args.reward_timeout, args.reward_workers
+    if (args.reward_processes or math.inf) >= PartialState().num_processes: return Rewards(*common)
+    return SharedRewards(*common, holders=args.reward_processes)
 
 # %% ../nbs/06_trainer.ipynb #2a7c3af9
 def optimizer_class(name: str) -> type: # By transformers' name
@@ -225,7 +243,7 @@ def not_finite(rollout: Rollout, scores: Scores) -> str | None: # None: all is
             "values": keep(rollout.values, mask)}
     return next((name for name, x in seen.items() if not x.isfinite().all()), None)
 
-# %% ../nbs/06_trainer.ipynb #1645edda
+# %% ../nbs/06_trainer.ipynb #5ca61117
 class Parts:
     "Models, rewards, optimiser and leash of a run."
     def __init__(self,
@@ -250,17 +268,20 @@ class Parts:
         self.generator = torch.Generator().manual_seed(args.seed)
         name = model if isinstance(model, str) else getattr(model, "lm", model).config._name_or_path
         self.processing_class = prepare_tokenizer(processing_class or AutoTokenizer.from_pretrained(name), name)
-        policy = as_policy(model, peft_config, dtype, device)
+        policy = as_policy(model, peft_config, dtype, load_device())
         check_lengths(policy, args.max_source_length, args.max_target_length)
         policy.use_critic(args.critic)
         self.sampling = Sampling(args.temperature, args.min_target_length, end_tokens(policy.lm, self.processing_class))
+        server = args.vllm_server_base_url, args.vllm_server_timeout, args.vllm_group_port
+        self.writer = connect(policy, *server, device, args.stop_strings) if args.use_vllm else None
         self.rewards = make_rewards(reward_funcs, reward_processing_classes, args, dtype, device)
-        optimizer, self.lr_scheduler = make_optimizer(policy, args)
-        self.policy, self.optimizer = self.accelerator.prepare_model(policy, evaluation_mode=True), self.accelerator.prepare(optimizer)
-        self.trained = [p for p in policy.parameters() if p.requires_grad]
-        for p in self.trained: broadcast(p.data)
+        self.policy, self.sharded = spread_out(policy, self.accelerator), wants_shards()
+        optimizer, self.lr_scheduler = make_optimizer(self.policy, args)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.trained = [p for p in self.policy.parameters() if p.requires_grad]
+        if self.accelerator.process_index: set_seed(args.seed + self.accelerator.process_index)
         self.kl_ctl, self.moments, self.pending, self.skips = make_leash(args), RunningMoments(), [], Skips()
-        self.pass_limit, self.rollout_limit, self.whole, self.stopped_by = math.inf, math.inf, True, 0
+        self.dealt, self.pass_limit, self.rollout_limit, self.whole, self.stopped_by = 0, math.inf, math.inf, True, 0
         self.state = TrainerState(max_steps=args.max_steps, logging_steps=args.logging_steps, save_steps=args.save_steps,
                                   eval_steps=args.eval_steps)
         self.control = TrainerControl()
@@ -315,13 +336,15 @@ def recomputed(policy: Policy, wanted: bool) -> Iterator[None]:
     finally:
         for layer in layers: del layer.forward
 
-# %% ../nbs/06_trainer.ipynb #4ce966a4
-def smaller(size: int,  # Answers at once
-            saves: str, # Settings that would have saved the attempt
-            else_: str, # What else would help
+# %% ../nbs/06_trainer.ipynb #d4b801f4
+def smaller(size: int,      # Answers at once
+            saves: str,     # Settings that would have saved the attempt
+            else_: str,     # What else would help
+            together: bool, # Do the others wait within the same pass?
 ) -> int:
     "Half of it, with the memory freed and a line to the user; `RunError` where nothing is left to halve."
     clear_device_cache(garbage_collection=True)
+    if together: raise RunError(f"Out of memory with {size} answers at a time, and weights are sharded: the other processes wait within the same pass. What helps: {saves}, {else_}")
     if size == 1: raise RunError(f"Out of memory with one answer at a time. What helps: {else_}")
     logger.warning("Out of memory with %d answers at a time: %d from now on; %s saves the attempt", size, size // 2, saves)
     return size // 2
@@ -357,7 +380,7 @@ class Losses(Parts):
         "Does only the critic learn?"
         return self.state.global_step < self.args.critic_warmup_steps
 
-# %% ../nbs/06_trainer.ipynb #9b8a6603
+# %% ../nbs/06_trainer.ipynb #1a2cf871
 class Gradients(Losses):
     "Of an optimiser step, whatever fits into one pass."
     def mine(self, n: int) -> slice: # Rows of each process
@@ -384,9 +407,17 @@ class Gradients(Losses):
                 if not should_reduce_batch_size(e): raise
             self.optimizer.zero_grad()
             size = min(self.pass_size, len(rows))
-            self.pass_limit = smaller(size, f"mini_batch_size={size // 2} with twice the gradient_accumulation_steps", "gradient_checkpointing, a shorter max_target_length, 8-bit weights")
-        for p in self.trained: p.grad = p.grad if p.grad is None else self.summed(p.grad)
+            self.pass_limit = smaller(size, f"mini_batch_size={size // 2} with twice the gradient_accumulation_steps", "gradient_checkpointing, a shorter max_target_length, 8-bit weights", self.sharded)
+        if self.accelerator.num_processes > 1 and not self.sharded: self.sum_gradients()
         return dict(zip(stats, self.summed(torch.tensor([*stats.values()], device=total.device)).tolist()))
+
+    def sum_gradients(self, most: int = 2 ** 24): # Numbers that travel at once
+        "Of all processes, many weights at a time."
+        grads = [p.grad for p in self.trained if p.grad is not None]
+        ends = np.cumsum([g.numel() for g in grads]) // most
+        for part in np.unique(ends):
+            some = [g for g, end in zip(grads, ends) if end == part]
+            vector_to_parameters(self.summed(parameters_to_vector(some)), some)
 
     @property
     def pass_size(self) -> int: # Answers
@@ -415,7 +446,7 @@ class Gradients(Losses):
             stats = {k: stats.get(k, 0.) + share.item() * v.item() for k, v in new.items()}
         return stats
 
-# %% ../nbs/06_trainer.ipynb #69602f54
+# %% ../nbs/06_trainer.ipynb #eb023e35
 class Update(Gradients):
     "From experience to new weights."
     def update(self,
@@ -436,7 +467,7 @@ class Update(Gradients):
             if args.early_stopping and stats["policy/approxkl_avg"] > 1.5 * args.target_kl:
                 self.optimizer.zero_grad()
                 break
-            stats["policy/grad_norm"] = self.accelerator.clip_grad_norm_(self.trained, args.max_grad_norm or float("inf")).item()
+            stats["policy/grad_norm"] = unsharded(self.accelerator.clip_grad_norm_(self.trained, args.max_grad_norm or float("inf"))).item()
             if not math.isfinite(stats["policy/grad_norm"]) and not self.accelerator.scaler:
                 self.skips.note(self.state.global_step + 1, "the gradient is" if math.isfinite(stats["loss/policy_avg"] + stats["loss/value_avg"]) else "the loss is", len(done))
                 self.optimizer.zero_grad()
@@ -449,31 +480,36 @@ class Update(Gradients):
                 break
         return means(done or [stats]) | {"policy/optimizer_steps": len(done)}
 
-# %% ../nbs/06_trainer.ipynb #15e019ae
+# %% ../nbs/06_trainer.ipynb #d86283e1
 def deal(n: int,      # Prompts
          size: int,   # Per batch
-         step: int,   # The batch that is wanted, from 0 on
+         start: int,  # Prompts that have been dealt
          seed: int,
 ) -> list[int]:       # Indices
-    "The prompts of one batch: slices of one endless row of shuffled epochs."
+    "The prompts of one batch: the next slice of one endless row of shuffled epochs."
     order = lambda epoch: np.random.default_rng([seed, epoch]).permutation(n)
-    places = range(step * size, (step + 1) * size)
+    places = range(start, start + size)
     epochs = {e: order(e) for e in {p // n for p in places}}
     return [int(epochs[p // n][p % n]) for p in places]
 
-# %% ../nbs/06_trainer.ipynb #2c2cb746
+# %% ../nbs/06_trainer.ipynb #d79460e9
 class Answers(Update):
     "Prompts dealt out, answered and scored."
     def batches(self) -> Iterator[list[dict]]: # Rows of the data set
         "Batches of prompts until `max_steps` updates are done."
         if self.train_dataset is None or not len(self.train_dataset): raise ValueError("There are no training prompts (train_dataset)")
         while self.state.global_step < self.args.max_steps:
-            rows = deal(len(self.train_dataset), self.episodes(1), self.state.global_step, self.args.seed)
+            rows = deal(len(self.train_dataset), self.batch_of_all, self.dealt, self.args.seed)
             yield [self.train_dataset[i] for i in rows[self.mine(self.args.batch_size)]]
 
-    def episodes(self, updates: int) -> int:
-        "Answers of all processes in so many updates."
-        return updates * self.args.batch_size * self.accelerator.num_processes
+    @property
+    def batch_of_all(self) -> int:
+        "Answers of all processes in an update."
+        return self.args.batch_size * self.accelerator.num_processes
+
+    def anyone(self, here: bool) -> bool:
+        "Is it so in any process?"
+        return from_all(self.accelerator, torch.tensor([here], device=self.accelerator.device)).any().item()
 
     def rollout(self,
                 prompts: list[dict | str],                # Rows with a `prompt`, or prompts
@@ -488,12 +524,13 @@ class Answers(Update):
             size = min(args.rollout_batch_size or args.batch_size, self.rollout_limit)
             try: return rollout(self.policy, self.processing_class, rows, self.sampling, args.max_source_length, args.max_target_length,
                                 size, draws, acc.autocast, args.stop_strings, acc.process_index, acc.num_processes,
-                                self.int8 and generator is None and not greedy)
+                                self.int8 and generator is None and not greedy,
+                                self.anyone if self.sharded and not args.gather_for_generation else None, self.writer)
             except RuntimeError as e:
                 if not should_reduce_batch_size(e): raise
             if draws: draws.set_state(before)
             size = min(size, len(rows))
-            self.rollout_limit = smaller(size, f"rollout_batch_size={size // 2}", "a shorter max_source_length or max_target_length, 8-bit weights")
+            self.rollout_limit = smaller(size, f"rollout_batch_size={size // 2}", "a shorter max_source_length or max_target_length, 8-bit weights", self.sharded)
 
     def score(self, rollout: Rollout) -> Scores:
         "Reward the answers. Functions see the prompts, the answers, and the data set's other columns."
@@ -503,7 +540,7 @@ class Answers(Update):
         ids = [ids[mask > 0].tolist() for ids, mask in zip(rollout.response_ids, rollout.response_mask)]
         return self.rewards(rollout.prompts, answers, columns, completion_ids=ids, trainer_state=self.state)
 
-# %% ../nbs/06_trainer.ipynb #2cd0e7db
+# %% ../nbs/06_trainer.ipynb #d5625e9b
 class Verbs(Answers):
     "A PPO step, by hand."
     def step(self,
@@ -529,10 +566,11 @@ class Verbs(Answers):
         if self.skips.total == skipped: self.skips.in_a_row = 0
         self.lr_scheduler.step()
         state.global_step += 1
-        if self.train_dataset is not None: state.epoch = self.episodes(state.global_step) / len(self.train_dataset)
+        self.dealt += self.batch_of_all
+        if self.train_dataset is not None: state.epoch = self.dealt / len(self.train_dataset)
         self.whole = True
         scale = {"policy/loss_scale": self.accelerator.scaler.get_scale()} if self.accelerator.scaler else {}
-        return stats | scale | dict(lr=lr, episode=self.episodes(state.global_step)) | {"val/skipped_updates": self.skips.total}
+        return stats | scale | dict(lr=lr, episode=self.dealt) | {"val/skipped_updates": self.skips.total}
 
     def samples(self) -> pd.DataFrame | None: # None: none yet
         "Some of the newest answers."
@@ -616,8 +654,8 @@ def update_stats(logprobs: Tensor,  # Of the policy as it is, (n, T)
             "loss/policy_avg": pl, "loss/value_avg": vl, "val/clipfrac_avg": vclipped,
             "val/ratio": masked_mean(ratio, mask), "val/ratio_var": masked_var(ratio, mask, unbiased=False)}
 
-# %% ../nbs/06_trainer.ipynb #93d13d48
-PATHS = {"output_dir", "resume_from_checkpoint"}
+# %% ../nbs/06_trainer.ipynb #9dd3d584
+PATHS = {"output_dir", "resume_from_checkpoint", "vllm_server_base_url"}
 
 def settings_of(args: PPOConfig) -> dict[str, Any]:
     "What a run is set to, without where it lies on this machine."
@@ -627,14 +665,19 @@ class Files(Verbs):
     "Models and checkpoints on disk."
     def save_model(self, output_dir: str | Path | None = None): # Default: args.output_dir
         "Adapter (or weights), value head, tokenizer, log and model card; each file is replaced when the new one is whole."
-        self.put(Path(output_dir or self.args.output_dir))
+        self.put(Path(output_dir or self.args.output_dir), self.weights())
 
     def save_pretrained(self, path: str | Path): # A folder
         "The same, with the curves in the card."
-        self.put(Path(path), picture=True)
+        self.put(Path(path), self.weights(), picture=True)
+
+    def weights(self) -> dict[str, Tensor] | None: # By name; None where the policy is not sharded
+        "What is trained, put together by all processes for the main one."
+        return trained_weights(self.policy, keep=self.accelerator.is_main_process) if self.sharded else None
 
     def put(self,
             path: Path,
+            weights: dict[str, Tensor] | None, # What `weights` gave
             repo: str | None = None, # Its name on the hub, where it goes there
             picture: bool = False):  # Draw the curves for the card
         "Write what a model's repository is made of: the model first, then what is said of it."
@@ -642,7 +685,7 @@ class Files(Verbs):
         path.mkdir(parents=True, exist_ok=True)
         for old in path.glob("tmp-model-*"): shutil.rmtree(old)
         with tempfile.TemporaryDirectory(dir=path, prefix="tmp-model-") as aside:
-            self.write_model(Path(aside), public=bool(repo))
+            self.write_model(Path(aside), weights, public=bool(repo))
             if not (Path(aside)/CRITIC).exists(): shutil.rmtree(path/CRITIC, ignore_errors=True)
             for file in sorted(p for p in Path(aside).rglob("*") if p.is_file()):
                 to = path/file.relative_to(aside)
@@ -651,9 +694,12 @@ class Files(Verbs):
         if picture: curves(self.state.log_history).savefig(path/"curves.png", dpi=120)
         self.card(repo or path.resolve().name, picture).save(path/"README.md")
 
-    def write_model(self, folder: Path, public: bool = False): # Without paths of this machine
+    def write_model(self,
+                    folder: Path,
+                    weights: dict[str, Tensor] | None = None, # What `weights` gave
+                    public: bool = False):                    # Without paths of this machine
         "Model, tokenizer, log and `run.json`, into a new folder."
-        save_policy(self.policy, folder)
+        save_policy(self.policy, folder, weights)
         self.processing_class.save_pretrained(folder)
         self.state.save_to_json(str(folder/"trainer_state.json"))
         (folder/"run.json").write_text(json.dumps(without_paths(self.about()) if public else self.about(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -679,7 +725,7 @@ class Files(Verbs):
         prompt, bos = ready(dict(instruction="What is the sun made of?"), "model card")["prompt"], self.processing_class.bos_token
         return model_card(self.about(), self.state.log_history, repo, prompt, curves, bool(bos) and prompt.startswith(bos))
 
-# %% ../nbs/06_trainer.ipynb #2daa8a91
+# %% ../nbs/06_trainer.ipynb #b21b0a91
 def one_line(e: Exception) -> str:
     "The start of its message."
     return next(iter(str(e).strip().splitlines()), type(e).__name__)
@@ -696,14 +742,15 @@ class Published(Files):
 
     def push_to_hub(self, commit_message: str = "End of training") -> str | None: # The commit's address; None on other than the main process
         "Upload what `save_pretrained` writes, without paths of this machine; `RunError` if that fails."
+        weights = self.weights()
         if not (repo := self.repo or self.make_repo()): return None
         try:
             with tempfile.TemporaryDirectory() as folder:
-                self.put(Path(folder), repo, picture=True)
+                self.put(Path(folder), weights, repo, picture=True)
                 return upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message).commit_url
         except Exception as e: raise RunError(f"Not uploaded ({one_line(e)}). trainer.push_to_hub() tries again, or `hf upload {repo} {self.args.output_dir}`") from e
 
-# %% ../nbs/06_trainer.ipynb #790190ff
+# %% ../nbs/06_trainer.ipynb #f22ac256
 KEPT = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "init_kl_coef", "seed"}
 
 def kind_of_run(policy: Policy, tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> dict[str, Any]:
@@ -727,12 +774,14 @@ class Checkpoints(Published):
     def save_checkpoint(self):
         "All that the run needs to go on, under `checkpoint-STEP`."
         scaler = self.accelerator.scaler
-        state = dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict(),
+        main, mine = self.accelerator.is_main_process, [random_states(self.generator)]
+        state = dict(optimizer=optimizer_state(self.optimizer, keep=main), scheduler=self.lr_scheduler.state_dict(),
                      scaler=scaler.state_dict() if scaler else None, pending=self.pending, kl_coef=self.kl_ctl.value,
-                     moments=vars(self.moments), skips=asdict(self.skips), random=random_states(self.generator),
+                     moments=vars(self.moments), skips=asdict(self.skips), dealt=self.dealt, random=gather_object(mine) if distributed.is_initialized() else mine,
                      kind=kind_of_run(self.policy, self.processing_class, self.args), settings=settings_of(self.args))
-        if self.accelerator.is_main_process:
-            write_checkpoint(Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}", state, self.write_model)
+        weights = self.weights()
+        if main:
+            write_checkpoint(Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}", state, partial(self.write_model, weights=weights))
             keep_newest(self.args.output_dir, self.args.save_total_limit)
         if self.args.push_to_hub and self.args.hub_strategy == "every_save":
             try: self.push_to_hub(f"Update {self.state.global_step}")
@@ -746,17 +795,23 @@ class Checkpoints(Published):
         for change in differences({k: v for k, v in state["settings"].items() if k in KEPT}, {k: v for k, v in settings_of(self.args).items() if k in KEPT}):
             logger.warning("%s in this call; the checkpoint's goes on", change)
         load_weights(self.policy, path)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
         self.kl_ctl.value, self.moments, self.pending = state["kl_coef"], RunningMoments(**state["moments"]), state["pending"]
-        self.skips, self.args.seed = Skips(**state["skips"]), state["settings"]["seed"]
+        self.skips, self.dealt, self.args.seed = Skips(**state["skips"]), state["dealt"], state["settings"]["seed"]
         self.state = TrainerState.load_from_json(str(Path(path)/"trainer_state.json"))
         self.state.max_steps, self.state.is_world_process_zero = self.args.max_steps, self.accelerator.is_main_process
-        set_random_states(state["random"], self.generator)
+        self.draw_on(state["random"])
         if self.accelerator.is_main_process:
             set_aside(self.args.output_dir, self.state.global_step)
             discard_answers(self.args.output_dir, after=self.state.global_step)
+
+    def draw_on(self, states: list[dict[str, Any]]): # One of each process that wrote the checkpoint
+        "Random numbers go on; a process that is new draws its own, but for the answers."
+        mine = self.accelerator.process_index
+        set_random_states(states[min(mine, len(states) - 1)], self.generator)
+        if mine >= len(states): set_seed(self.args.seed + self.accelerator.num_processes * (self.state.global_step + 1) + mine)
 
     def clear_output_dir(self):
         "Remove the model, checkpoints and logs of an earlier run, which `check_output_dir` has let go."
@@ -933,7 +988,7 @@ class PPOTrainer(Watched):
             with self.together.freely(): return work()
         except (Exception, Elsewhere) as e:
             self.together.failed(e)
-            if self.whole and 0 < step == self.state.global_step and self.accelerator.is_main_process:
+            if self.whole and 0 < step == self.state.global_step and self.accelerator.is_main_process and not self.sharded:
                 set_random_states(before, self.generator)
                 try: self.save_checkpoint()
                 except OSError as e: logger.warning("%s", e)

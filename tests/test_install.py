@@ -18,8 +18,9 @@ def installed(target, *command):
 
 def test_installed_package_works_away_from_the_checkout(tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, ROOT], check=True, capture_output=True)
-    where = "import rlhf_nb.trainer, rlhf_nb.tiny as t; print(rlhf_nb.__file__, t.data_dir(), len(t.shipped_rows()))"
-    file, data, rows = installed(tmp_path, "-c", BLOCK + where).split()
+    where = "import rlhf_nb.trainer, rlhf_nb.tiny as t, rlhf_nb.cli as c; print(rlhf_nb.__file__, t.data_dir(), len(t.shipped_rows()), *c.CONFIGS)"
+    file, data, rows, *configs = installed(tmp_path, "-c", BLOCK + where).split()
+    assert configs == ["ddp", "fsdp2", "zero2", "zero3"]
     assert file.startswith(str(tmp_path)) and data.startswith(str(tmp_path)) and int(rows) >= 300
     assert "train" in installed(tmp_path, "-c", BLOCK + "from rlhf_nb.cli import main; main(['--help'])")
 

@@ -1,4 +1,5 @@
 "Two processes with a batch of B train like one with a batch of 2B; each writes answers of its own."
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,10 @@ SAME = ("objective/kl", "objective/scores", "objective/entropy", "objective/rlhf
         "policy/grad_norm", "policy/optimizer_steps", "episode")
 
 
-def two_ranks(*flags):
-    "The program in two processes."
+def two_ranks(*flags, **env):
+    "The program in two processes, with further variables; its output."
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no_python",
-                          BIN/"rlhf-nb", *map(str, flags)], capture_output=True, text=True, timeout=300)
+                          BIN/"rlhf-nb", *map(str, flags)], capture_output=True, text=True, timeout=300, env=os.environ | env)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout + run.stderr
 
@@ -29,8 +30,8 @@ def flags(tiny, out, rows, *more):
 
 @pytest.mark.parametrize("more", [[], ["--whiten_rewards", "--use_score_scaling", "--critic", "adapter", "--critic_warmup_steps", 1, "--ent_coef", .01,
                                    "--gradient_checkpointing", "--stop_strings", "e"],
-                                  ["--use_peft", False, "--kl_in_loss", "--kl_estimator", "k3", "--ptx_coef", .1]],
-                         ids=["plain", "variations", "full"])
+                                  ["--use_peft", False, "--kl_in_loss", "--kl_estimator", "k3", "--ptx_coef", .1, "--reward_processes", 1]],
+                         ids=["plain", "variations", "full, one scores"])
 def test_two_ranks_train_like_one(tiny, tmp_path, more):
     two_ranks(*flags(tiny, tmp_path/"two", 4, *more))
     rlhf_nb(*flags(tiny, tmp_path/"one", 8, *more))
@@ -70,12 +71,84 @@ PartialState().destroy_process_group()
 """
 
 
+def in_ranks(ranks, code, *args):
+    "Python code in so many processes."
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--no_python", sys.executable, "-c", code,
+                          *map(str, args)], capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    return run
+
+
 def test_ranks_whose_rewards_differ_in_kind(tmp_path):
     said = []
     for ranks, rows in ((2, 2), (1, 4)):
-        run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--no_python", sys.executable, "-c", MIXED,
-                              tmp_path/str(ranks), str(rows)], capture_output=True, text=True, timeout=200)
-        assert run.returncode == 0, run.stderr
+        run = in_ranks(ranks, MIXED, tmp_path/str(ranks), rows)
         said.append(next(line for line in run.stdout.splitlines() if "RETURNS" in line))
         assert run.stdout.count("AFTER") == ranks
     assert said[0] == said[1]
+
+
+ONE_SCORES = """
+import sys
+import torch
+from accelerate.state import PartialState
+from datasets import Dataset
+from rlhf_nb import cli, rewards
+from rlhf_nb.config import DataArguments, ModelArguments, PPOConfig
+from rlhf_nb.tiny import tiny_policy
+from rlhf_nb.trainer import PPOTrainer
+
+rank, (policy_path, reward_path, out) = PartialState(cpu=True).process_index, sys.argv[1:]
+called = []
+def per_token(prompts, completions, completion_ids, **columns):
+    called.extend(prompts)
+    assert all(c[0]["role"] == "assistant" for c in completions)
+    return [[i / 100 for i in ids] if p[-1]["content"] in "ad" else 3. for p, ids in zip(prompts, completion_ids)]
+def sometimes(prompts, completions, topic, **columns): return [None if t in "be" else float(len(c[0]["content"])) for c, t in zip(completions, topic)]
+def trips(prompts, completions, **columns): return [{"a": 1., "b": 2., "c": 3., "e": 4.}[p[-1]["content"]] for p in prompts]
+
+data = Dataset.from_dict(dict(prompt=[[dict(role="user", content=t)] for t in "abcde"], topic=list("abcde")))
+def make(funcs, processes, weights=None):
+    args = PPOConfig(output_dir=out, batch_size=2, max_steps=1, num_ppo_epochs=1, mini_batch_size=2, max_target_length=6, torch_dtype="float32", log_with="none",
+                     disable_tqdm=True, reward_processes=processes, reward_weights=weights)
+    policy, tok = tiny_policy()
+    tok.chat_template = "{% for m in messages %}{{m.content}}\\n{% endfor %}"
+    return PPOTrainer(policy, funcs, args, data, data, processing_class=tok)
+def scored(processes):
+    trainer = make([per_token, sometimes, reward_path], processes, [1., .5, 2.])
+    trainer.sampling = trainer.sampling._replace(eos_token_ids=tuple(range(2, 1000, 9)))
+    if rank and processes: assert trainer.rewards.funcs[2] == reward_path and not called
+    answers = trainer.rollout(next(trainer.batches()))
+    return trainer.rewards.names, trainer.score(answers), trainer.evaluate(), trainer.step(answers, trainer.score(answers))
+
+for names, scores, evaluated, stats in [scored(None)]: assert called
+called.clear()
+if rank: # From here on, nothing loads a reward model in the second process
+    def forbidden(*args, **kwargs): raise AssertionError("a reward model was loaded")
+    rewards.AutoModelForSequenceClassification.from_pretrained = forbidden
+names1, scores1, evaluated1, stats1 = scored(1)
+assert names1 == names == ["per_token", "sometimes", "reward"] and bool(called) == (not rank)
+close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+close(scores1.total, scores.total); close(scores1.per_token, scores.per_token); close(scores1.by_name, scores.by_name)
+close(evaluated1, evaluated)
+close(stats1, stats)
+sys.stdout.write(f"PER TOKEN: {scores.per_token is not None}\\n")
+
+trainer = make(trips, 1)
+try: trainer.score(trainer.rollout([data[2 + rank]]))
+except ValueError as e: sys.stdout.write(f"RANK {rank}: {e}\\n")
+
+args = PPOConfig(output_dir=out, do_eval=True, batch_size=2, mini_batch_size=2, max_target_length=6, torch_dtype="float32", log_with="none", disable_tqdm=True, reward_processes=1)
+trainer = cli.make_trainer(ModelArguments(model_name_or_path=policy_path, reward_model_name_or_path=reward_path),
+                           DataArguments(train_file_dir="data/finetune", max_eval_samples=3), args)
+assert rank or trainer.about()["model"]["rewards"] == [reward_path]
+assert trainer.evaluate()
+PartialState().destroy_process_group()
+"""
+
+
+def test_one_of_two_processes_holds_the_rewards(tiny, tmp_path):
+    run = in_ranks(2, ONE_SCORES, *tiny, tmp_path/"out")
+    errors = sorted(line for line in run.stdout.splitlines() if line.startswith("RANK"))
+    assert errors == [f"RANK {rank}: Reward trips failed on the prompt [{{'role': 'user', 'content': 'd'}}]: KeyError: 'd'" for rank in (0, 1)]
+    assert "PER TOKEN: True" in run.stdout

@@ -15,8 +15,8 @@ from rlhf_nb.tiny import tiny_policy, tiny_reward_model
 NUMBERS = {
     "batch_size": ("0", "-1", "1.5", "many"), "mini_batch_size": ("0",), "num_ppo_epochs": ("0",), "gradient_accumulation_steps": ("0", "-2"),
     "max_source_length": ("0",), "max_target_length": ("0",), "min_target_length": ("-1",), "temperature": ("0", "-1", "nan", "inf"),
-    "rollout_batch_size": ("0",), "importance_sampling_cap": ("0",), "reward_batch_size": ("0",), "reward_weights": ("nan", "heavy"),
-    "score_clip": ("0", "-1"), "reward_timeout": ("0",), "reward_workers": ("0",), "init_kl_coef": ("-0.1", "nan"), "adap_kl_target": ("0",),
+    "rollout_batch_size": ("0",), "importance_sampling_cap": ("0",), "vllm_server_timeout": ("0",), "vllm_group_port": ("0",), "vllm_server_base_url": ("localhost:8000",), "reward_batch_size": ("0",), "reward_weights": ("nan", "heavy"),
+    "score_clip": ("0", "-1"), "reward_timeout": ("0",), "reward_workers": ("0",), "reward_processes": ("0", "-1", "1.5"), "init_kl_coef": ("-0.1", "nan"), "adap_kl_target": ("0",),
     "adap_kl_horizon": ("0",), "target_kl": ("0",), "kl_estimator": ("k9",), "gamma": ("1.1", "-0.1"), "lam": ("2",), "cliprange": ("0", "-0.2"),
     "cliprange_value": ("0",), "vf_coef": ("-1",), "critic": ("nobody",), "ent_coef": ("-1",), "ptx_coef": ("-1",), "learning_rate": ("-1", "nan"),
     "lr_scheduler_type": ("zigzag",), "warmup_steps": ("-1",), "adam_beta1": ("1.5",), "max_grad_norm": ("0",), "optim": ("sgd",),
@@ -91,6 +91,8 @@ def test_wrong_values(world, tmp_path, capsys, name, value):
 CALLS = { # What is added to a good call; what the message says
     "min over max": ("--min_target_length 9", "min_target_length"),
     "weights for two rewards": ("--reward_weights 1 2", "reward_weights"),
+    "two writers": ("--use_vllm --rollout_int8", "use_vllm and rollout_int8"),
+    "no server": ("--use_vllm --vllm_server_timeout .1 --vllm_server_base_url http://127.0.0.1:1", "use_vllm: "),
     "critic without adapter": ("--use_peft False --critic adapter", "critic=adapter"),
     "8 and 4 bits": ("--load_in_8bit --load_in_4bit", "load_in_8bit"),
     "nothing adapted": ("--target_modules nowhere", "nowhere"),
