@@ -1,4 +1,4 @@
-"Runs of the program in several processes without a launcher, forked from this one: a JSON line in for each run, one out"
+"Runs of the program, or of Python code, in several processes without a launcher, forked from this one: a JSON line in for each run, one out"
 import json
 import os
 import signal # For a case's code
@@ -25,10 +25,14 @@ def judge(prompts, completions, trainer_state, **columns):
 def one(case: dict, rank: int, port: int, out: Path) -> int: # Process id
     "One of the processes."
     if pid := os.fork(): return pid
-    for fd in (1, 2): os.dup2(os.open(out/f"said{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    status = 0
-    try: launched(case, case["flags"])
+    file = os.open(out/f"said{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for fd in (1, 2): os.dup2(file, fd)
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(case["world"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1") | case["env"]
+    status, sys.argv[1:] = 0, case["flags"]
+    try:
+        if case["code"]: exec(case["code"], dict(__name__="__main__"))
+        elif case["what"]: launched(case, case["flags"])
+        else: cli.main(case["flags"])
     except SystemExit as e: status = e.code
     except BaseException:
         status = 1
@@ -54,9 +58,9 @@ def run(case: dict) -> dict: # status and said, by process; seconds until the la
         if case["port_in_use"]: s.listen()
         port = s.getsockname()[1]
         if not case["port_in_use"]: s.close()
-        both = [one(case, rank, port, out) for rank in range(2)]
-        ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in both]
-    return dict(status=ended, said=[(out/f"said{rank}").read_text() for rank in range(2)], seconds=time.monotonic() - start)
+        every = [one(case, rank, port, out) for rank in range(case["world"])]
+        ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in every]
+    return dict(status=ended, said=[(out/f"said{rank}").read_text() for rank in range(case["world"])], seconds=time.monotonic() - start)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
 "Several processes: one is killed, fails, hangs or has no memory. All end, soon, with one message and a checkpoint that is whole."
-import json
 import os
 import re
 import signal
@@ -20,23 +19,6 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 JUDGE = "Reward judge failed on the prompt 'Below"
 
 
-@pytest.fixture(scope="module")
-def ranks(tiny, tmp_path_factory):
-    "Run the program in two processes; what became of them."
-    server = subprocess.Popen([sys.executable, ROOT/"tests"/"ranks.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
-    logs = tmp_path_factory.mktemp("logs")
-
-    def run(out, *more, rank=1, update=0, what="", port_in_use=False):
-        case = dict(flags=[str(f) for f in flags(tiny, out, *more)], rank=rank, update=update, what=what, port_in_use=port_in_use, out=str(logs/out.name))
-        print(json.dumps(case), file=server.stdin, flush=True)
-        found = json.loads(server.stdout.readline())
-        print(found)
-        return found
-    yield run
-    server.stdin.close()
-    server.wait()
-
-
 def flags(tiny, out, *more):
     return short(*tiny, out, "--batch_size", 2, "--mini_batch_size", 1, "--num_ppo_epochs", 1, "--max_steps", 4, "--save_steps", 2, "--log_with", "none", "--ddp_timeout", 60, *more)
 
@@ -55,85 +37,89 @@ def same(a, b): return a[0] == b[0] and a[1].keys() == b[1].keys() and all(torch
 
 
 @pytest.fixture(scope="module")
-def straight(ranks, tmp_path_factory):
+def run(tiny, ranks): return lambda out, *more, **what: ranks(*flags(tiny, out, *more), **dict(what="pass") | what)
+
+
+@pytest.fixture(scope="module")
+def straight(run, tmp_path_factory):
     "What a run gives that nothing happens to."
-    found = ranks(out := tmp_path_factory.mktemp("straight")/"run")
+    found = run(out := tmp_path_factory.mktemp("straight")/"run")
     assert found["status"] == [0, 0], found
     return result(out)
 
 
-def resumes(ranks, out, straight):
-    found = ranks(out, "--resume_from_checkpoint", True)
+def resumes(run, out, straight):
+    found = run(out, "--resume_from_checkpoint", True)
     return found["status"] == [0, 0] and same(result(out), straight)
 
 
-def test_a_process_is_killed(ranks, straight, tmp_path):
-    found = ranks(tmp_path, update=4, what="os.kill(os.getpid(), signal.SIGKILL)")
+def test_a_process_is_killed(run, straight, tmp_path):
+    found = run(tmp_path, update=4, what="os.kill(os.getpid(), signal.SIGKILL)")
     assert found["status"] == [1, -9] and found["seconds"] < 20
     assert ours(found) == [f"rlhf-nb train: Process 1 of 2 is gone in score of update 4: killed, perhaps for memory. {tmp_path}/checkpoint-3 is whole: --resume_from_checkpoint True goes on"]
-    assert damage(tmp_path/"checkpoint-3") is None and resumes(ranks, tmp_path, straight)
+    assert damage(tmp_path/"checkpoint-3") is None and resumes(run, tmp_path, straight)
 
 
-def test_the_main_process_is_killed(ranks, straight, tmp_path):
-    found = ranks(tmp_path, rank=0, update=4, what="os.kill(os.getpid(), signal.SIGKILL)")
+def test_the_main_process_is_killed(run, straight, tmp_path):
+    found = run(tmp_path, rank=0, update=4, what="os.kill(os.getpid(), signal.SIGKILL)")
     said, = ours(found)
     assert found["status"] == [-9, 1] and found["seconds"] < 20 and said.startswith("rlhf-nb train: Process 0 of 2 is gone") and "checkpoint-2 is whole" in said
-    assert resumes(ranks, tmp_path, straight)
+    assert resumes(run, tmp_path, straight)
 
 
-def test_a_reward_function_fails_in_one_process(ranks, straight, tmp_path):
-    found = ranks(tmp_path, update=4, what="raise ConnectionError('it is down')")
+def test_a_reward_function_fails_in_one_process(run, straight, tmp_path):
+    found = run(tmp_path, update=4, what="raise ConnectionError('it is down')")
     said, = ours(found)
     assert found["status"] == [2, 2] and JUDGE in said and said.endswith("ConnectionError: it is down") and said in found["said"][1]
-    assert "Saved checkpoint-3" in found["said"][0] and damage(tmp_path/"checkpoint-3") is None and resumes(ranks, tmp_path, straight)
+    assert "Saved checkpoint-3" in found["said"][0] and damage(tmp_path/"checkpoint-3") is None and resumes(run, tmp_path, straight)
 
 
-def test_a_reward_function_hangs_in_one_process(ranks, tmp_path):
-    found = ranks(tmp_path/"limited", "--reward_timeout", .5, update=2, what="time.sleep(100)")
+def test_a_reward_function_hangs_in_one_process(run, tmp_path):
+    found = run(tmp_path/"limited", "--reward_timeout", .5, update=2, what="time.sleep(100)")
     said, = ours(found)
     assert found["status"] == [2, 2] and "Reward judge took more than 0.5 s for 2 prompts" in said and damage(tmp_path/"limited"/"checkpoint-1") is None
-    found = ranks(tmp_path/"unlimited", "--ddp_timeout", 2, rank=0, update=2, what="time.sleep(100)")
+    found = run(tmp_path/"unlimited", "--ddp_timeout", 2, rank=0, update=2, what="time.sleep(100)")
     said, = ours(found)
     assert found["status"] == [1, 1] and said in found["said"][1]
     assert f"Process 0 of 2 is still in score of update 2; the others have waited ddp_timeout=2 s in step of update 2. {tmp_path}/unlimited/checkpoint-1 is whole" in said
 
 
-def test_an_evaluation_fails_in_one_process(ranks, tmp_path):
+def test_an_evaluation_fails_in_one_process(run, tmp_path):
     for more in ([], ["--do_train", False]):
-        found = ranks(tmp_path, "--do_eval", *more, update=1, what="raise KeyError('grade')")
+        found = run(tmp_path, "--do_eval", *more, update=1, what="raise KeyError('grade')")
         assert found["status"] == [2, 2] and len(ours(found)) == 1 and "KeyError: 'grade'" in found["said"][1]
 
 
 NO_MEMORY = "import torch, rlhf_nb.models as m\nplain, tried = m.ActorCritic.forward, []\ndef full(self, *args, **kw):\n    tried.append(1)\n    if {when}: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate everything.')\n    return plain(self, *args, **kw)\nm.ActorCritic.forward = full"
 
 
-def test_one_process_has_no_memory(ranks, straight, tmp_path):
-    found = ranks(tmp_path/"none", update=2, what=NO_MEMORY.format(when="True"))
+def test_one_process_has_no_memory(run, straight, tmp_path):
+    found = run(tmp_path/"none", update=2, what=NO_MEMORY.format(when="True"))
     said, = ours(found)
     assert found["status"] == [1, 1] and "Out of memory with one answer at a time" in said and said in found["said"][1]
-    found = ranks(tmp_path/"some", "--mini_batch_size", 2, update=2, what=NO_MEMORY.format(when="len(tried) == 1"))
+    found = run(tmp_path/"some", "--mini_batch_size", 2, update=2, what=NO_MEMORY.format(when="len(tried) == 1"))
     assert found["status"] == [0, 0] and not ours(found)
 
 
-def test_the_port_is_in_use(ranks, tmp_path):
-    found = ranks(tmp_path, "--ddp_timeout", 2, port_in_use=True)
+def test_the_port_is_in_use(run, tmp_path):
+    found = run(tmp_path, "--ddp_timeout", 2, port_in_use=True)
     said = found["said"][0].splitlines()
     assert found["status"] == [2, 2] and found["seconds"] < 20
     assert len(said) == 1 and "the port is in use. Set MASTER_PORT to a free one" in said[0] and "did not find each other within 2 s" in found["said"][1]
 
 
-def test_bad_input_is_said_once(ranks, tmp_path):
+def test_bad_input_is_said_once(run, tmp_path):
     for n, more, text in ((0, ["--batch_sise", 2], "unknown setting --batch_sise; did you mean --batch_size?"), (1, ["--train_file_dir", tmp_path/"nowhere"], "nowhere")):
-        found = ranks(tmp_path/f"{n}", *more)
+        found = run(tmp_path/f"{n}", *more)
         said, = ours(found)
         assert found["status"] == [2, 2] and text in said and found["seconds"] < 20
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_one_process_stops_all_after_the_update(ranks, straight, tmp_path, number):
-    found = ranks(tmp_path, update=3, what=f"os.kill(os.getpid(), {int(number)})")
+def test_a_signal_to_one_process_stops_all_after_the_update(run, straight, tmp_path, number):
+    found = run(tmp_path, update=3, what=f"os.kill(os.getpid(), {int(number)})")
     assert found["status"] == [128 + number] * 2 and not ours(found) and "Stopped after update 3" in found["said"][0] and not found["said"][1]
-    assert damage(tmp_path/"checkpoint-3") is None and (number == signal.SIGINT or resumes(ranks, tmp_path, straight))
+    assert damage(tmp_path/"checkpoint-3") is None and (number == signal.SIGINT or resumes(run, tmp_path, straight))
 
 
 def launched(*flags, program=(Path(sys.executable).parent/"rlhf-nb",)):

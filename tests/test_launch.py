@@ -3,7 +3,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +13,16 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from safetensors.torch import load_file
-from test_cli import history, run, short
-from test_ranks import BIN, SAME
+from test_cli import run, short
+from test_ranks import same_run
 from torch.distributed.fsdp import OffloadPolicy
 from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
 
 from rlhf_nb.cli import CONFIGS, train_settings
 from rlhf_nb.config import PPOConfig
 from rlhf_nb.trainer import make_accelerator
+
+BIN = Path(sys.executable).parent
 
 
 def surroundings(name):
@@ -69,11 +72,7 @@ def one(tiny, tmp_path_factory):
 
 
 def same(two, one):
-    for a, b in zip(history(two), history(one), strict=True):
-        for name in SAME: assert a[name] == pytest.approx(b[name], rel=1e-4, abs=2e-5), name
-    for file in ("adapter_model.safetensors", "value_head.safetensors"):
-        a, b = load_file(two/file), load_file(one/file)
-        assert max((a[k] - b[k]).abs().max() for k in b) < 1e-5
+    same_run(one, two)
     assert json.loads((two/"run.json").read_text())["machine"]["processes"] == 2
 
 

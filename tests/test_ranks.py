@@ -1,26 +1,12 @@
 "Two processes with a batch of B train like one with a batch of 2B; each writes answers of its own."
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pandas as pd
 import pytest
 from safetensors.torch import load_file
-from test_cli import history, rlhf_nb, short
+from test_cli import history, run, short
 
-BIN = Path(sys.executable).parent
 SAME = ("objective/kl", "objective/scores", "objective/entropy", "objective/rlhf_reward", "objective/kl_coef", "policy/entropy_avg",
         "policy/approxkl_avg", "loss/policy_avg", "loss/value_avg", "val/num_eos_tokens", "val/explained_variance", "tokens/responses",
         "policy/grad_norm", "policy/optimizer_steps", "episode")
-
-
-def two_ranks(*flags, **env):
-    "The program in two processes, with further variables; its output."
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no_python",
-                          BIN/"rlhf-nb", *map(str, flags)], capture_output=True, text=True, timeout=300, env=os.environ | env)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout + run.stderr
 
 
 def flags(tiny, out, rows, *more):
@@ -28,24 +14,30 @@ def flags(tiny, out, rows, *more):
                  "--do_eval", "--max_eval_samples", 5, "--adap_kl_horizon", 20, "--target_kl", .02, "--early_stopping", "--log_with", "none", *more)
 
 
+def same_run(one, two):
+    "Log, weights and answers of two runs agree."
+    for a, b in zip(history(two), history(one), strict=True):
+        assert a.keys() == b.keys() and (set(SAME) <= a.keys() or "eval/scores" in a)
+        for name in a.keys() & set(SAME) | {k for k in a if k.startswith("eval/")}: assert a[name] == pytest.approx(b[name], rel=1e-4, abs=2e-5), name
+    files = [p.relative_to(one) for p in sorted(one.rglob("*.safetensors")) if "state" not in p.name and "checkpoint" not in str(p)]
+    assert len(files) >= 2
+    for file in files:
+        x, y = load_file(two/file), load_file(one/file)
+        assert x.keys() == y.keys() and max((x[k] - y[k]).abs().max() for k in y) < 1e-5, file
+    for file in sorted(one.glob("completions/*.parquet")):
+        x, y = (pd.read_parquet(run/"completions"/file.name) for run in (two, one))
+        assert x[["prompt", "completion", "length"]].equals(y[["prompt", "completion", "length"]]), file.name
+
+
 @pytest.mark.parametrize("more", [[], ["--whiten_rewards", "--use_score_scaling", "--critic", "adapter", "--critic_warmup_steps", 1, "--ent_coef", .01,
                                    "--gradient_checkpointing", "--stop_strings", "e"],
                                   ["--use_peft", False, "--kl_in_loss", "--kl_estimator", "k3", "--ptx_coef", .1, "--reward_processes", 1]],
                          ids=["plain", "variations", "full, one scores"])
-def test_two_ranks_train_like_one(tiny, tmp_path, more):
-    two_ranks(*flags(tiny, tmp_path/"two", 4, *more))
-    rlhf_nb(*flags(tiny, tmp_path/"one", 8, *more))
-    for a, b in zip(history(tmp_path/"two"), history(tmp_path/"one"), strict=True):
-        assert a.keys() == b.keys() and (set(SAME) <= a.keys() or "eval/scores" in a)
-        for name in a.keys() & set(SAME) | {k for k in a if k.startswith("eval/")}: assert a[name] == pytest.approx(b[name], rel=1e-4, abs=2e-5), name
-    files = [p.relative_to(tmp_path/"one") for p in sorted((tmp_path/"one").rglob("*.safetensors")) if "trainer" not in p.name and "checkpoint" not in str(p)]
-    assert len(files) >= 2
-    for file in files:
-        two, one = (load_file(tmp_path/run/file) for run in ("two", "one"))
-        assert max((two[k] - one[k]).abs().max() for k in one) < 1e-5, file
-    for name, n in (("completions_00001", 8), ("eval_00000", 5)):
-        two, one = (pd.read_parquet(tmp_path/run/"completions"/f"{name}.parquet") for run in ("two", "one"))
-        assert len(one) == n and two[["prompt", "completion", "length"]].equals(one[["prompt", "completion", "length"]]), name
+def test_two_ranks_train_like_one(tiny, together, tmp_path, more):
+    together(*flags(tiny, tmp_path/"two", 4, *more))
+    run(*flags(tiny, tmp_path/"one", 8, *more))
+    same_run(tmp_path/"one", tmp_path/"two")
+    for name, n in (("completions_00001", 8), ("eval_00000", 5)): assert len(pd.read_parquet(tmp_path/"two"/"completions"/f"{name}.parquet")) == n
 
 
 MIXED = """
@@ -71,20 +63,12 @@ PartialState().destroy_process_group()
 """
 
 
-def in_ranks(ranks, code, *args):
-    "Python code in so many processes."
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--no_python", sys.executable, "-c", code,
-                          *map(str, args)], capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0, run.stderr
-    return run
-
-
-def test_ranks_whose_rewards_differ_in_kind(tmp_path):
+def test_ranks_whose_rewards_differ_in_kind(together, tmp_path):
     said = []
-    for ranks, rows in ((2, 2), (1, 4)):
-        run = in_ranks(ranks, MIXED, tmp_path/str(ranks), rows)
-        said.append(next(line for line in run.stdout.splitlines() if "RETURNS" in line))
-        assert run.stdout.count("AFTER") == ranks
+    for world, rows in ((2, 2), (1, 4)):
+        text = together(tmp_path/str(world), rows, world=world, code=MIXED)
+        said.append(next(line for line in text.splitlines() if "RETURNS" in line))
+        assert text.count("AFTER") == world
     assert said[0] == said[1]
 
 
@@ -147,8 +131,8 @@ PartialState().destroy_process_group()
 """
 
 
-def test_one_of_two_processes_holds_the_rewards(tiny, tmp_path):
-    run = in_ranks(2, ONE_SCORES, *tiny, tmp_path/"out")
-    errors = sorted(line for line in run.stdout.splitlines() if line.startswith("RANK"))
+def test_one_of_two_processes_holds_the_rewards(tiny, together, tmp_path):
+    text = together(*tiny, tmp_path/"out", code=ONE_SCORES)
+    errors = sorted(line for line in text.splitlines() if line.startswith("RANK"))
     assert errors == [f"RANK {rank}: Reward trips failed on the prompt [{{'role': 'user', 'content': 'd'}}]: KeyError: 'd'" for rank in (0, 1)]
-    assert "PER TOKEN: True" in run.stdout
+    assert "PER TOKEN: True" in text

@@ -1,9 +1,6 @@
 "Answers from a vLLM server, with a stand-in for the client: what is sent, what comes of it, and that nothing else changes."
 import inspect
 import json
-import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -156,14 +153,12 @@ PartialState().destroy_process_group()
 
 
 @pytest.mark.parametrize("env", [{}, FSDP], ids=["whole", "shards"])
-def test_two_processes_ask_like_one(tmp_path, env):
+def test_two_processes_ask_like_one(together, tmp_path, env):
     tables = []
-    for ranks, rows in ((2, 2), (1, 4)):
-        run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--no_python", sys.executable, "-c", RANKS,
-                              tmp_path/str(ranks), str(rows), ROOT/"tests"], capture_output=True, text=True, timeout=200, env=os.environ | (env if ranks > 1 else {}))
-        assert run.returncode == 0, run.stderr
-        assert sorted(line for line in run.stdout.splitlines() if "RANK" in line) == [f"RANK {i}: The vLLM server failed: Exception: gone" for i in range(ranks)]
-        tables.append([pd.read_parquet(tmp_path/str(ranks)/"completions"/f"{name}.parquet")[["prompt", "completion", "length"]] for name in ("completions_00003", "eval_00003")])
+    for world, rows in ((2, 2), (1, 4)):
+        text = together(tmp_path/str(world), rows, ROOT/"tests", world=world, code=RANKS, env=env if world > 1 else {})
+        assert sorted(line for line in text.splitlines() if "RANK" in line) == [f"RANK {i}: The vLLM server failed: Exception: gone" for i in range(world)]
+        tables.append([pd.read_parquet(tmp_path/str(world)/"completions"/f"{name}.parquet")[["prompt", "completion", "length"]] for name in ("completions_00003", "eval_00003")])
     assert all(a.equals(b) and len(a) for a, b in zip(*tables))
 
 
