@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 from test_cli import history, short
+from test_shards import FSDP
 
 from rlhf_nb.checkpoint import damage
 
@@ -65,6 +66,15 @@ def test_the_main_process_is_killed(run, straight, tmp_path):
     said, = ours(found)
     assert found["status"] == [-9, 1] and found["seconds"] < 20 and said.startswith("rlhf-nb train: Process 0 of 2 is gone") and "checkpoint-2 is whole" in said
     assert resumes(run, tmp_path, straight)
+
+
+def test_a_process_with_its_part_of_the_weights_is_killed(run, straight, tmp_path):
+    found = run(tmp_path, update=4, what="os.kill(os.getpid(), signal.SIGKILL)", env=FSDP)
+    said, = ours(found)
+    assert found["status"] == [1, -9] and found["seconds"] < 20 and "Process 1 of 2 is gone in score of update 4" in said and f"{tmp_path}/checkpoint-2 is whole" in said
+    assert run(tmp_path, "--resume_from_checkpoint", True)["status"] == [0, 0]
+    weights = result(tmp_path)[1]
+    assert max((weights[k] - straight[1][k]).abs().max() for k in weights) < 1e-5
 
 
 def test_a_reward_function_fails_in_one_process(run, straight, tmp_path):
