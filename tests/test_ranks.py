@@ -15,11 +15,11 @@ SAME = ("objective/kl", "objective/scores", "objective/entropy", "objective/rlhf
         "policy/grad_norm", "policy/optimizer_steps", "episode")
 
 
-def two_ranks(*flags, **env):
+def two_ranks(*flags, status=0, **env):
     "The program in two processes, with further variables; its output."
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no_python",
                           BIN/"rlhf-nb", *map(str, flags)], capture_output=True, text=True, timeout=300, env=os.environ | env)
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert bool(run.returncode) == bool(status), run.stdout + run.stderr
     return run.stdout + run.stderr
 
 
