@@ -469,14 +469,15 @@ def lora_targets(lm: PreTrainedModel,          # The base model
     if wanted: return wanted if wanted == "all-linear" else [w.strip() for w in wanted.split(",")]
     return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(lm.config.model_type, "all-linear")
 
-# %% ../nbs/02_models.ipynb #78df5a29
+# %% ../nbs/02_models.ipynb #78094a3e
 def run_device(**group) -> torch.device: # How several processes come together, for the first call
     "Where this process computes."
     if parse_flag_from_env("ACCELERATE_USE_FSDP"): os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    if group and wants_zero(): # Accelerate would pass these on to DeepSpeed, which does not know them
-        torch.distributed.init_process_group(**group)
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    if group and wants_zero() and not cpu: # Accelerate would pass these on to DeepSpeed, which does not know them
+        torch.distributed.init_process_group(torch.distributed.get_default_backend_for_device(torch.accelerator.current_accelerator()), **group)
         group = {}
-    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"), **group).device
+    return PartialState(cpu=cpu, **group).device
 
 # %% ../nbs/02_models.ipynb #17cb903a
 def wants_shards() -> bool:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['logger', 'PATHS', 'KEPT', 'LEFT', 'HEADLINES', 'Experience', 'make_experience', 'micro_batch', 'as_policy',
-           'as_reward', 'make_accelerator', 'check_zero', 'make_rewards', 'optimizer_class', 'make_optimizer',
-           'make_leash', 'check_data', 'Schedule', 'RunError', 'Skips', 'not_finite', 'Parts', 'from_all',
-           'all_answers', 'means', 'recomputed', 'smaller', 'Losses', 'Gradients', 'Update', 'deal', 'Answers', 'Verbs',
-           'rollout_stats', 'ratios', 'distinct_pairs', 'update_stats', 'settings_of', 'Files', 'one_line', 'Published',
-           'count_weights', 'kind_of_run', 'Checkpoints', 'Watched', 'Signals', 'PPOTrainer']
+           'as_reward', 'make_accelerator', 'check_settings_for_zero', 'make_rewards', 'optimizer_class',
+           'make_optimizer', 'make_leash', 'check_data', 'Schedule', 'RunError', 'Skips', 'not_finite', 'Parts',
+           'from_all', 'all_answers', 'means', 'recomputed', 'smaller', 'Losses', 'Gradients', 'Update', 'deal',
+           'Answers', 'Verbs', 'rollout_stats', 'ratios', 'distinct_pairs', 'update_stats', 'settings_of', 'Files',
+           'one_line', 'Published', 'count_weights', 'kind_of_run', 'Checkpoints', 'Watched', 'Signals', 'PPOTrainer']
 
 # %% ../nbs/06_trainer.ipynb #4a857964
 import hashlib
@@ -138,7 +138,7 @@ def as_reward(reward: str | PreTrainedModel | Callable,
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(reward.config._name_or_path)
     return RewardModel(reward.to(device), tokenizer, args.reward_label, args.reward_batch_size)
 
-# %% ../nbs/06_trainer.ipynb #ea9c760e
+# %% ../nbs/06_trainer.ipynb #241f6351
 def make_accelerator(args: PPOConfig, dtype: torch.dtype) -> Accelerator: # Type of the matrix products
     "One per run; an earlier run in the same process may have used another precision."
     AcceleratorState._reset_state()
@@ -148,10 +148,10 @@ def make_accelerator(args: PPOConfig, dtype: torch.dtype) -> Accelerator: # Type
     if trackers and not accelerator.log_with: raise ValueError(f"log_with={trackers}: this package is not installed")
     if wants_zero():
         unset_hf_deepspeed_config() # Or transformers would share out every model that is loaded from here on
-        check_zero(args, accelerator.state.deepspeed_plugin.zero_stage)
+        check_settings_for_zero(args, accelerator.state.deepspeed_plugin.zero_stage)
     return accelerator
 
-def check_zero(args: PPOConfig, stage: int):
+def check_settings_for_zero(args: PPOConfig, stage: int):
     "`ValueError` for settings that do not go with DeepSpeed's ZeRO."
     refused = [(args.critic_warmup_steps, "critic_warmup_steps does not go with ZeRO, which counts the steps of all weights together: set 0"),
                (args.optim != "adamw_torch", f"optim={args.optim} does not go with ZeRO: adamw_torch does"),

@@ -5,13 +5,16 @@ import pytest
 from safetensors.torch import load_file
 from test_cli import run
 from test_launch import surroundings
-from test_ranks import flags, two_ranks
+from test_ranks import flags, in_ranks, two_ranks
 from test_shards import FSDP, same_run
 
 pytest.importorskip("deepspeed")
 
 
-def zero(stage, *flags, **kw): return two_ranks(*flags, **kw, DS_ACCELERATOR="cpu", **{k: v for k, v in surroundings(f"zero{stage}").items() if k.startswith("ACCELERATE")})
+def environment(stage): return {k: v for k, v in surroundings(f"zero{stage}").items() if k.startswith("ACCELERATE")} | dict(DS_ACCELERATOR="cpu")
+
+
+def zero(stage, *flags, **kw): return two_ranks(*flags, **kw, **environment(stage))
 
 
 @pytest.mark.parametrize("more", [["--whiten_rewards"], ["--critic", "adapter", "--ent_coef", .01, "--gradient_checkpointing", "--rollout_batch_size", 3],
@@ -47,7 +50,42 @@ def test_resumed_on_as_many_processes_it_is_exact(tiny, tmp_path, stage):
         assert x.keys() == y.keys() and all(x[k].equal(y[k]) for k in x), file
 
 
-@pytest.mark.parametrize("stage, more, said", [(2, ["--torch_dtype", "float16"], "torch_dtype=float16 does not go with ZeRO"), (3, ["--gather_for_generation", False], "gather_for_generation=False"),
-                                               (2, ["--critic_warmup_steps", 1], "critic_warmup_steps does not go with ZeRO"), (2, ["--optim", "adamw_8bit"], "optim=adamw_8bit does not")])
-def test_what_zero_cannot_do_is_said(tiny, tmp_path, stage, more, said):
-    assert said in zero(stage, *flags(tiny, tmp_path/"two", 4, *more), status=2)
+DROPPED = """
+import math
+import sys
+from accelerate.state import PartialState
+from datasets import Dataset
+from rlhf_nb.config import PPOConfig
+from rlhf_nb.tiny import tiny_policy
+from rlhf_nb.trainer import PPOTrainer
+
+args = PPOConfig(output_dir=sys.argv[1], batch_size=int(sys.argv[2]), max_steps=9, num_ppo_epochs=2, mini_batch_size=int(sys.argv[2]), max_target_length=6, learning_rate=.01,
+                 adam_epsilon=1e-3, target_kl=1e-30, torch_dtype="float32", log_with="none", disable_tqdm=True)
+policy, tok = tiny_policy(initializer_range=.2)
+data = Dataset.from_dict(dict(prompt=["code a", "b", "c", "d"]))
+trainer = PPOTrainer(policy, lambda prompts, completions, **columns: [float(len(c)) for c in completions], args, data, processing_class=tok)
+seen = []
+for what in ("plain", "stopped", "not finite", "plain"):
+    args.early_stopping = what == "stopped"
+    hook = trainer.trained[0].register_hook(lambda grad: grad * (math.nan if what == "not finite" and trainer.accelerator.is_main_process else 1.))
+    answers = trainer.rollout(next(trainer.batches()))
+    stats = trainer.step(answers, trainer.score(answers))
+    hook.remove()
+    seen += [stats[k] for k in ("policy/optimizer_steps", "loss/value_avg", "val/skipped_updates", "objective/kl")] + [stats.get("policy/grad_norm", -1.) if what != "not finite" else 0.]
+if trainer.accelerator.is_main_process: print("SEEN", *seen)
+PartialState().destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_dropped_gradients_do_not_come_back(tmp_path, stage, monkeypatch):
+    seen = lambda *told: [float(x) for x in next(line for line in in_ranks(*told).stdout.splitlines() if line.startswith("SEEN")).split()[1:]]
+    one = seen(1, DROPPED, tmp_path/"one", 4)
+    assert one[::5] == [2, 1, 0, 2] and one[2::5] == [0, 0, 1, 1]
+    for name, value in environment(stage).items(): monkeypatch.setenv(name, value)
+    assert seen(2, DROPPED, tmp_path/"two", 2) == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+def test_what_zero_cannot_do_is_said(tiny, tmp_path):
+    for stage, more, said in ((3, ["--gather_for_generation", False], "gather_for_generation=False does not go with ZeRO stage 3"), (2, ["--critic_warmup_steps", 1], "critic_warmup_steps does not go with ZeRO")):
+        assert said in zero(stage, *flags(tiny, tmp_path/"two", 4, *more), status=2)
