@@ -21,7 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     install_requires=words("requirements"),
-    extras_require=dict(dev=words("dev_requirements"), bnb=words("bnb_requirements")),
+    extras_require=dict(dev=words("dev_requirements"), bnb=words("bnb_requirements"), deepspeed=words("deepspeed_requirements")),
     packages=["rlhf_nb", "rlhf_nb.accelerate_configs", "rlhf_nb.data"],
     package_dir={"rlhf_nb": "rlhf_nb", "rlhf_nb.data": "data"},
     package_data={"rlhf_nb.accelerate_configs": ["*.yaml"], "rlhf_nb.data": ["**/*.jsonl", "**/*.json", "**/*.safetensors"]},

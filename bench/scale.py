@@ -61,7 +61,7 @@ def update(layers: int, hidden: int, heads: int, batch: int, prompt: int, answer
                              processing_class=tok, peft_config=LoraConfig(r=8))
     writing, summing, seconds = [0.], [0.], []
     rlhf_nb.rollout.generate, usual = spent(writing, rlhf_nb.rollout.generate), rlhf_nb.rollout.generate
-    trainer.summed = spent(summing, trainer.summed)
+    trainer.summed, trainer.layout.sum_gradients = spent(summing, trainer.summed), spent(summing, trainer.layout.sum_gradients)
     with Collectives() as counted: trainer.timed_step(next(trainer.batches()))
     for _, rows in zip(range(args.steps), trainer.batches()):
         writing.append(0.), summing.append(0.), state.wait_for_everyone()

@@ -7,10 +7,10 @@ __all__ = ['logger', 'CHUNK', 'BLOCK', 'CRITIC', 'REFERENCE', 'VALUE_HEAD', 'Sam
            'token_entropy', 'head_part', 'head_logprobs', 'head_replaced', 'head_is_plain', 'rearranged',
            'SdpaBloomAttention', 'packs', 'FusedBloomMLP', 'FusedLora', 'modernise', 'PolicyOutput', 'unwrapped',
            'takes_position_ids', 'positions', 'use_adapter', 'ActorCritic', 'freeze_copy_of_adapter', 'Policy',
-           'lora_targets', 'run_device', 'wants_shards', 'load_device', 'has_bf16', 'resolve_dtype', 'check_decoder',
-           'quantization', 'load_lm', 'lora_config', 'load_adapter_weights', 'with_adapter', 'load_value_head',
-           'load_policy', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'check_lengths', 'hub_name',
-           'check_model', 'loading', 'trained_weights', 'save_policy', 'load_weights', 'merge_adapter']
+           'lora_targets', 'run_device', 'wants_shards', 'wants_zero', 'load_device', 'has_bf16', 'resolve_dtype',
+           'check_decoder', 'quantization', 'load_lm', 'lora_config', 'load_adapter_weights', 'with_adapter',
+           'load_value_head', 'load_policy', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'check_lengths',
+           'hub_name', 'check_model', 'loading', 'trained_weights', 'save_policy', 'load_weights', 'merge_adapter']
 
 # %% ../nbs/02_models.ipynb #131eb442
 import inspect
@@ -469,19 +469,27 @@ def lora_targets(lm: PreTrainedModel,          # The base model
     if wanted: return wanted if wanted == "all-linear" else [w.strip() for w in wanted.split(",")]
     return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(lm.config.model_type, "all-linear")
 
-# %% ../nbs/02_models.ipynb #34bb6a8a
+# %% ../nbs/02_models.ipynb #78094a3e
 def run_device(**group) -> torch.device: # How several processes come together, for the first call
     "Where this process computes."
     if parse_flag_from_env("ACCELERATE_USE_FSDP"): os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"), **group).device
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    if group and wants_zero() and not cpu: # Accelerate would pass these on to DeepSpeed, which does not know them
+        torch.distributed.init_process_group(torch.distributed.get_default_backend_for_device(torch.accelerator.current_accelerator()), **group)
+        group = {}
+    return PartialState(cpu=cpu, **group).device
 
-# %% ../nbs/02_models.ipynb #636a3c4f
+# %% ../nbs/02_models.ipynb #17cb903a
 def wants_shards() -> bool:
     "Are weights to be spread over the processes? `ValueError` for the kinds of it that are not there."
     if not parse_flag_from_env("ACCELERATE_USE_FSDP") or PartialState().num_processes == 1: return False
     if os.environ.get("FSDP_VERSION", "1") != "2": raise ValueError("FSDP 1 is not supported: set fsdp_version: 2 in the Accelerate configuration")
     if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"): raise ValueError("fsdp_offload_params is not supported: set it to false in the Accelerate configuration")
     return True
+
+def wants_zero() -> bool:
+    "Is DeepSpeed to spread what is trained over the processes?"
+    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
 
 def load_device() -> torch.device:
     "Where the policy is loaded."
@@ -628,16 +636,17 @@ def loading(flag: str, name: str): # Setting, and the hub name or folder it was 
         raise ValueError(f"{flag}={name} cannot be loaded: {str(e).strip().splitlines()[0]}") from e
     except UnpicklingError as e: raise ValueError(f"{flag}={name} is refused: its weights are a pickle with more than weights in it, which would run code") from e
 
-# %% ../nbs/02_models.ipynb #6ac452f9
+# %% ../nbs/02_models.ipynb #f8329439
 def trained_weights(policy: Policy,
                     keep: bool = True,   # Does this process want them?
+                    whole: Callable[[Tensor, bool], Tensor | None] = unsharded, # Puts one together
 ) -> dict[str, Tensor | None]:           # By name, on the CPU
     "What is trained, and buffers, put together: a matter of all processes."
     state = policy.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
     for name, p in state.items():
         if p.requires_grad or not isinstance(p, nn.Parameter): names.setdefault(id(p), []).append(name)
-    return {name: x for same in names.values() for x in [unsharded(state[same[0]], keep)] for name in same}
+    return {name: x for same in names.values() for x in [whole(state[same[0]], keep)] for name in same}
 
 def save_policy(policy: Policy,
                 path: str | Path,                        # A folder, made if need be

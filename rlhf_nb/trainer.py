@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['logger', 'PATHS', 'KEPT', 'LEFT', 'HEADLINES', 'Experience', 'make_experience', 'micro_batch', 'as_policy',
-           'as_reward', 'make_accelerator', 'spread_out', 'make_rewards', 'optimizer_class', 'make_optimizer',
-           'make_leash', 'check_data', 'Schedule', 'RunError', 'Skips', 'not_finite', 'Parts', 'from_all',
-           'all_answers', 'means', 'recomputed', 'smaller', 'Losses', 'Gradients', 'Update', 'deal', 'Answers', 'Verbs',
-           'rollout_stats', 'ratios', 'distinct_pairs', 'update_stats', 'settings_of', 'Files', 'one_line', 'Published',
-           'kind_of_run', 'Checkpoints', 'Watched', 'Signals', 'PPOTrainer']
+           'as_reward', 'make_accelerator', 'check_settings_for_zero', 'make_rewards', 'optimizer_class',
+           'make_optimizer', 'make_leash', 'check_data', 'Schedule', 'RunError', 'Skips', 'not_finite', 'Parts',
+           'from_all', 'all_answers', 'means', 'recomputed', 'smaller', 'Losses', 'Gradients', 'Update', 'deal',
+           'Answers', 'Verbs', 'rollout_stats', 'ratios', 'distinct_pairs', 'update_stats', 'settings_of', 'Files',
+           'one_line', 'Published', 'count_weights', 'kind_of_run', 'Checkpoints', 'Watched', 'Signals', 'PPOTrainer']
 
-# %% ../nbs/06_trainer.ipynb #92e9dfab
+# %% ../nbs/06_trainer.ipynb #4a857964
 import hashlib
 import json
 import logging
@@ -35,17 +35,16 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import broadcast, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from huggingface_hub import ModelCard, create_repo, upload_folder
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoTokenizer, DefaultFlowCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl,
                           TrainerState, get_scheduler)
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
@@ -55,24 +54,24 @@ from .checkpoint import (check_output_dir, check_same, checkpoints, damage, diff
                                 read_state, set_aside, set_random_states, write_checkpoint)
 from .config import ModelArguments, PPOConfig
 from .data import preparer
-from .models import (CRITIC, VALUE_HEAD, Policy, Sampling, check_lengths, end_tokens, load_device, load_lm, load_weights, lora_targets, prepare_tokenizer,
-                            resolve_dtype, run_device, save_policy, trained_weights, unwrapped, use_adapter, wants_shards)
+from .models import (CRITIC, VALUE_HEAD, Policy, Sampling, check_lengths, end_tokens, load_device, load_lm, lora_targets, prepare_tokenizer,
+                            resolve_dtype, run_device, save_policy, unwrapped, use_adapter, wants_zero)
 from .ppo import (AdaptiveKL, FixedKL, RunningMoments, approx_kl, explained_variance, gae, importance_weights, keep, kl_penalty, masked_mean,
                          masked_var, policy_loss, shape_scores, token_rewards, value_loss, whiten)
 from . import __version__
 from .card import model_card, public_name, without_paths
 from .diagnosis import Doctor
+from .layout import lay_out
 from .logs import answers_table, discard_answers, log_answers, log_settings, save_answers
 from .report import curves, make_view
 from .rewards import RewardModel, Rewards, Scores, SharedRewards, holds_rewards, load_reward_model, show
 from .rollout import Rollout, connect, pad_rows, rollout
-from .shards import load_optimizer_state, optimizer_state, shard, unsharded
 from .together import Elsewhere, Lost, Together, join
 
 # %% ../nbs/06_trainer.ipynb #060e3a91
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/06_trainer.ipynb #0efa7afb
+# %% ../nbs/06_trainer.ipynb #e198da16
 class Experience(NamedTuple):
     "What the update learns from, (B, P) for queries and (B, T) for the rest."
     query_ids: Tensor      # Prompts, padded on the left
@@ -139,28 +138,27 @@ def as_reward(reward: str | PreTrainedModel | Callable,
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(reward.config._name_or_path)
     return RewardModel(reward.to(device), tokenizer, args.reward_label, args.reward_batch_size)
 
-# %% ../nbs/06_trainer.ipynb #eb7a31f2
+# %% ../nbs/06_trainer.ipynb #241f6351
 def make_accelerator(args: PPOConfig, dtype: torch.dtype) -> Accelerator: # Type of the matrix products
     "One per run; an earlier run in the same process may have used another precision."
     AcceleratorState._reset_state()
-    precision = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
+    precision = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no") if not wants_zero() else "no"
     trackers = None if args.log_with == "none" else args.log_with
     accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=args.output_dir)
     if trackers and not accelerator.log_with: raise ValueError(f"log_with={trackers}: this package is not installed")
+    if wants_zero():
+        unset_hf_deepspeed_config() # Or transformers would share out every model that is loaded from here on
+        check_settings_for_zero(args, accelerator.state.deepspeed_plugin.zero_stage)
     return accelerator
 
-def spread_out(policy: Policy, accelerator: Accelerator) -> Policy:
-    "The same weights in every process or, with FSDP, its part of them in each."
-    for p in policy.parameters():
-        if p.requires_grad: p.data.copy_(broadcast(p.data.to(accelerator.device)))
-    policy = accelerator.prepare_model(policy, evaluation_mode=True)
-    if not wants_shards(): return policy
-    if not all(p.is_floating_point() for p in policy.parameters()): raise ValueError("FSDP does not go with load_in_8bit or load_in_4bit: leave one of them out")
-    mesh = DeviceMesh(accelerator.device.type, range(accelerator.num_processes))
-    shard(policy, set(unwrapped(policy.lm)._no_split_modules or ()), mesh, methods=("next_logits",))
-    sizes = [sum(p.numel() for p in params) for params in ([p.to_local() for p in policy.parameters()], policy.parameters())]
-    logger.info("FSDP: this process holds %s of %s parameters", *(f"{n:,}" for n in sizes))
-    return policy
+def check_settings_for_zero(args: PPOConfig, stage: int):
+    "`ValueError` for settings that do not go with DeepSpeed's ZeRO."
+    refused = [(args.critic_warmup_steps, "critic_warmup_steps does not go with ZeRO, which counts the steps of all weights together: set 0"),
+               (args.optim != "adamw_torch", f"optim={args.optim} does not go with ZeRO: adamw_torch does"),
+               (stage == 3 and args.use_vllm, "use_vllm does not go with ZeRO stage 3: stage 2 and FSDP2 do"),
+               (stage == 3 and not args.gather_for_generation, "gather_for_generation=False does not go with ZeRO stage 3: FSDP2 does")]
+    for wrong, what in refused:
+        if wrong: raise ValueError(what)
 
 def make_rewards(reward_funcs: str | PreTrainedModel | Callable | list,                 # One reward, or several
                  tokenizers: PreTrainedTokenizerBase | list | None,                     # Of reward models that are given, not named
@@ -243,7 +241,7 @@ def not_finite(rollout: Rollout, scores: Scores) -> str | None: # None: all is
             "values": keep(rollout.values, mask)}
     return next((name for name, x in seen.items() if not x.isfinite().all()), None)
 
-# %% ../nbs/06_trainer.ipynb #5ca61117
+# %% ../nbs/06_trainer.ipynb #9e375a7c
 class Parts:
     "Models, rewards, optimiser and leash of a run."
     def __init__(self,
@@ -275,10 +273,11 @@ class Parts:
         server = args.vllm_server_base_url, args.vllm_server_timeout, args.vllm_group_port
         self.writer = connect(policy, *server, device, args.stop_strings) if args.use_vllm else None
         self.rewards = make_rewards(reward_funcs, reward_processing_classes, args, dtype, device)
-        self.policy, self.sharded = spread_out(policy, self.accelerator), wants_shards()
+        self.kind, self.sizes = kind_of_run(policy, self.processing_class, args), count_weights(policy)
+        self.layout = lay_out(policy, self.accelerator, args.max_grad_norm, dtype)
+        self.policy = self.layout.policy
         optimizer, self.lr_scheduler = make_optimizer(self.policy, args)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self.trained = [p for p in self.policy.parameters() if p.requires_grad]
+        self.optimizer, self.trained = self.layout.take(optimizer), self.layout.trained
         if self.accelerator.process_index: set_seed(args.seed + self.accelerator.process_index)
         self.kl_ctl, self.moments, self.pending, self.skips = make_leash(args), RunningMoments(), [], Skips()
         self.dealt, self.pass_limit, self.rollout_limit, self.whole, self.stopped_by = 0, math.inf, math.inf, True, 0
@@ -380,7 +379,7 @@ class Losses(Parts):
         "Does only the critic learn?"
         return self.state.global_step < self.args.critic_warmup_steps
 
-# %% ../nbs/06_trainer.ipynb #1a2cf871
+# %% ../nbs/06_trainer.ipynb #a269c33d
 class Gradients(Losses):
     "Of an optimiser step, whatever fits into one pass."
     def mine(self, n: int) -> slice: # Rows of each process
@@ -405,19 +404,10 @@ class Gradients(Losses):
                 break
             except RuntimeError as e:
                 if not should_reduce_batch_size(e): raise
-            self.optimizer.zero_grad()
+            self.layout.drop()
             size = min(self.pass_size, len(rows))
-            self.pass_limit = smaller(size, f"mini_batch_size={size // 2} with twice the gradient_accumulation_steps", "gradient_checkpointing, a shorter max_target_length, 8-bit weights", self.sharded)
-        if self.accelerator.num_processes > 1 and not self.sharded: self.sum_gradients()
+            self.pass_limit = smaller(size, f"mini_batch_size={size // 2} with twice the gradient_accumulation_steps", "gradient_checkpointing, a shorter max_target_length, 8-bit weights", self.layout.in_step)
         return dict(zip(stats, self.summed(torch.tensor([*stats.values()], device=total.device)).tolist()))
-
-    def sum_gradients(self, most: int = 2 ** 24): # Numbers that travel at once
-        "Of all processes, many weights at a time."
-        grads = [p.grad for p in self.trained if p.grad is not None]
-        ends = np.cumsum([g.numel() for g in grads]) // most
-        for part in np.unique(ends):
-            some = [g for g, end in zip(grads, ends) if end == part]
-            vector_to_parameters(self.summed(parameters_to_vector(some)), some)
 
     @property
     def pass_size(self) -> int: # Answers
@@ -437,16 +427,16 @@ class Gradients(Losses):
             mb = micro_batch(exp, some)
             share = mb.response_mask.sum() / total
             loss, new = self.loss(mb)
-            self.accelerator.backward(share * loss)
+            self.layout.backward(share * loss)
             if answers and not self.warming_up:
                 ids, mask = (x[some] for x in answers)
                 taught = self.policy(mb.query_ids, mb.query_mask, ids, mask, Sampling(), values=False).logprobs
                 new["loss/ptx"] = -keep(taught, mask).sum() / taught_total / share
-                self.accelerator.backward(self.args.ptx_coef * share * new["loss/ptx"])
+                self.layout.backward(self.args.ptx_coef * share * new["loss/ptx"])
             stats = {k: stats.get(k, 0.) + share.item() * v.item() for k, v in new.items()}
         return stats
 
-# %% ../nbs/06_trainer.ipynb #eb023e35
+# %% ../nbs/06_trainer.ipynb #d7667535
 class Update(Gradients):
     "From experience to new weights."
     def update(self,
@@ -459,22 +449,18 @@ class Update(Gradients):
         order = lambda: torch.randperm(len(exp.values), generator=self.generator)
         groups = (rows for _ in range(args.num_ppo_epochs) for rows in order().split(size))
         self.ratios.clear()
-        self.optimizer.zero_grad()
+        self.layout.drop()
         for group in groups:
             rows = group[self.mine(len(group) // world)]
-            with recomputed(self.policy, args.gradient_checkpointing):
+            with recomputed(self.policy, args.gradient_checkpointing), self.layout.passes():
                 stats = self.accumulate(exp, rows, answers) | {"policy/grad_norm": 0.}
-            if args.early_stopping and stats["policy/approxkl_avg"] > 1.5 * args.target_kl:
-                self.optimizer.zero_grad()
-                break
-            stats["policy/grad_norm"] = unsharded(self.accelerator.clip_grad_norm_(self.trained, args.max_grad_norm or float("inf"))).item()
-            if not math.isfinite(stats["policy/grad_norm"]) and not self.accelerator.scaler:
+                if too_far := args.early_stopping and stats["policy/approxkl_avg"] > 1.5 * args.target_kl: self.layout.drop()
+            if too_far: break
+            stats["policy/grad_norm"], made = self.layout.step()
+            if made: done.append(stats)
+            elif not self.accelerator.scaler:
                 self.skips.note(self.state.global_step + 1, "the gradient is" if math.isfinite(stats["loss/policy_avg"] + stats["loss/value_avg"]) else "the loss is", len(done))
-                self.optimizer.zero_grad()
                 break
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            if not self.optimizer.step_was_skipped: done.append(stats)
             elif self.accelerator.scaler.get_scale() < 1:
                 self.skips.note(self.state.global_step + 1, "at any loss scale the gradients are")
                 break
@@ -492,7 +478,7 @@ def deal(n: int,      # Prompts
     epochs = {e: order(e) for e in {p // n for p in places}}
     return [int(epochs[p // n][p % n]) for p in places]
 
-# %% ../nbs/06_trainer.ipynb #d79460e9
+# %% ../nbs/06_trainer.ipynb #0ddfc26c
 class Answers(Update):
     "Prompts dealt out, answered and scored."
     def batches(self) -> Iterator[list[dict]]: # Rows of the data set
@@ -522,15 +508,17 @@ class Answers(Update):
         before = draws and draws.get_state()
         while True:
             size = min(args.rollout_batch_size or args.batch_size, self.rollout_limit)
-            try: return rollout(self.policy, self.processing_class, rows, self.sampling, args.max_source_length, args.max_target_length,
-                                size, draws, acc.autocast, args.stop_strings, acc.process_index, acc.num_processes,
-                                self.int8 and generator is None and not greedy,
-                                self.anyone if self.sharded and not args.gather_for_generation else None, self.writer)
+            try:
+                with self.layout.gathered():
+                    return rollout(self.policy, self.processing_class, rows, self.sampling, args.max_source_length, args.max_target_length,
+                                   size, draws, self.layout.autocast, args.stop_strings, acc.process_index, acc.num_processes,
+                                   self.int8 and generator is None and not greedy,
+                                   self.anyone if self.layout.in_step and not args.gather_for_generation else None, self.writer)
             except RuntimeError as e:
                 if not should_reduce_batch_size(e): raise
             if draws: draws.set_state(before)
             size = min(size, len(rows))
-            self.rollout_limit = smaller(size, f"rollout_batch_size={size // 2}", "a shorter max_source_length or max_target_length, 8-bit weights", self.sharded)
+            self.rollout_limit = smaller(size, f"rollout_batch_size={size // 2}", "a shorter max_source_length or max_target_length, 8-bit weights", self.layout.in_step)
 
     def score(self, rollout: Rollout) -> Scores:
         "Reward the answers. Functions see the prompts, the answers, and the data set's other columns."
@@ -654,7 +642,7 @@ def update_stats(logprobs: Tensor,  # Of the policy as it is, (n, T)
             "loss/policy_avg": pl, "loss/value_avg": vl, "val/clipfrac_avg": vclipped,
             "val/ratio": masked_mean(ratio, mask), "val/ratio_var": masked_var(ratio, mask, unbiased=False)}
 
-# %% ../nbs/06_trainer.ipynb #9dd3d584
+# %% ../nbs/06_trainer.ipynb #771ef3eb
 PATHS = {"output_dir", "resume_from_checkpoint", "vllm_server_base_url"}
 
 def settings_of(args: PPOConfig) -> dict[str, Any]:
@@ -665,19 +653,15 @@ class Files(Verbs):
     "Models and checkpoints on disk."
     def save_model(self, output_dir: str | Path | None = None): # Default: args.output_dir
         "Adapter (or weights), value head, tokenizer, log and model card; each file is replaced when the new one is whole."
-        self.put(Path(output_dir or self.args.output_dir), self.weights())
+        self.put(Path(output_dir or self.args.output_dir), self.layout.weights(self.accelerator.is_main_process))
 
     def save_pretrained(self, path: str | Path): # A folder
         "The same, with the curves in the card."
-        self.put(Path(path), self.weights(), picture=True)
-
-    def weights(self) -> dict[str, Tensor] | None: # By name; None where the policy is not sharded
-        "What is trained, put together by all processes for the main one."
-        return trained_weights(self.policy, keep=self.accelerator.is_main_process) if self.sharded else None
+        self.put(Path(path), self.layout.weights(self.accelerator.is_main_process), picture=True)
 
     def put(self,
             path: Path,
-            weights: dict[str, Tensor] | None, # What `weights` gave
+            weights: dict[str, Tensor] | None, # What the layout's `weights` gave
             repo: str | None = None, # Its name on the hub, where it goes there
             picture: bool = False):  # Draw the curves for the card
         "Write what a model's repository is made of: the model first, then what is said of it."
@@ -696,7 +680,7 @@ class Files(Verbs):
 
     def write_model(self,
                     folder: Path,
-                    weights: dict[str, Tensor] | None = None, # What `weights` gave
+                    weights: dict[str, Tensor] | None = None, # What the layout's `weights` gave
                     public: bool = False):                    # Without paths of this machine
         "Model, tokenizer, log and `run.json`, into a new folder."
         save_policy(self.policy, folder, weights)
@@ -709,11 +693,10 @@ class Files(Verbs):
 
     def about(self) -> dict[str, Any]:
         "What the run is, for whoever finds its folder."
-        policy, weights, count = unwrapped(self.policy.lm), [*self.policy.parameters()], lambda data: 0 if data is None else len(data)
+        policy, count = unwrapped(self.policy.lm), lambda data: 0 if data is None else len(data)
         counted = [(f, name) for f, name, weight in zip(self.rewards.funcs, self.rewards.names, self.rewards.weights) if weight]
         names = [f.model.config._name_or_path if isinstance(f, RewardModel) else name for f, name in counted]
-        model = dict(policy=policy.config._name_or_path, rewards=names, adapter=isinstance(self.policy.lm, PeftModel),
-                     parameters=sum(p.numel() for p in weights), trained=sum(p.numel() for p in self.trained))
+        model = dict(policy=policy.config._name_or_path, rewards=names, adapter=isinstance(self.policy.lm, PeftModel), **self.sizes)
         data = dict(train_prompts=count(self.train_dataset), eval_prompts=count(self.eval_dataset), **self.data_settings)
         machine = dict(device=self.accelerator.device.type, processes=self.accelerator.num_processes, dtype=str(policy.dtype).removeprefix("torch."))
         return dict(settings=settings_of(self.args), model=model, data=data, machine=machine,
@@ -725,7 +708,7 @@ class Files(Verbs):
         prompt, bos = ready(dict(instruction="What is the sun made of?"), "model card")["prompt"], self.processing_class.bos_token
         return model_card(self.about(), self.state.log_history, repo, prompt, curves, bool(bos) and prompt.startswith(bos))
 
-# %% ../nbs/06_trainer.ipynb #b21b0a91
+# %% ../nbs/06_trainer.ipynb #777f46ae
 def one_line(e: Exception) -> str:
     "The start of its message."
     return next(iter(str(e).strip().splitlines()), type(e).__name__)
@@ -742,7 +725,7 @@ class Published(Files):
 
     def push_to_hub(self, commit_message: str = "End of training") -> str | None: # The commit's address; None on other than the main process
         "Upload what `save_pretrained` writes, without paths of this machine; `RunError` if that fails."
-        weights = self.weights()
+        weights = self.layout.weights(self.accelerator.is_main_process)
         if not (repo := self.repo or self.make_repo()): return None
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -750,7 +733,12 @@ class Published(Files):
                 return upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message).commit_url
         except Exception as e: raise RunError(f"Not uploaded ({one_line(e)}). trainer.push_to_hub() tries again, or `hf upload {repo} {self.args.output_dir}`") from e
 
-# %% ../nbs/06_trainer.ipynb #f22ac256
+# %% ../nbs/06_trainer.ipynb #cc6e4ee4
+def count_weights(policy: Policy) -> dict[str, int]:
+    "How many there are, and how many are trained."
+    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    return dict(parameters=sum(n for n, _ in sizes), trained=sum(n for n, trained in sizes if trained))
+
 KEPT = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "init_kl_coef", "seed"}
 
 def kind_of_run(policy: Policy, tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> dict[str, Any]:
@@ -761,7 +749,7 @@ def kind_of_run(policy: Policy, tokenizer: PreTrainedTokenizerBase, args: PPOCon
     words = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, tokenizer.pad_token])
     kind = {f"model.{k}": v for k, v in model.items()} | dict(
         model=Path(config._name_or_path).name, tokenizer=f"{len(tokenizer)} tokens, {hashlib.sha256(words.encode()).hexdigest()[:8]}",
-        critic=args.critic, optim=args.optim, trained=sum(p.numel() for p in policy.parameters() if p.requires_grad))
+        critic=args.critic, optim=args.optim, trained=count_weights(policy)["trained"])
     if not isinstance(policy.lm, PeftModel): return kind
     adapter = policy.lm.peft_config[policy.lm.active_adapter].to_dict()
     own = {k: v for k, v in single(adapter).items() if k not in ("base_model_name_or_path", "inference_mode", "peft_version")}
@@ -775,11 +763,11 @@ class Checkpoints(Published):
         "All that the run needs to go on, under `checkpoint-STEP`."
         scaler = self.accelerator.scaler
         main, mine = self.accelerator.is_main_process, [random_states(self.generator)]
-        state = dict(optimizer=optimizer_state(self.optimizer, keep=main), scheduler=self.lr_scheduler.state_dict(),
+        state = dict(optimizer=self.layout.optimizer_state(keep=main), scheduler=self.lr_scheduler.state_dict(),
                      scaler=scaler.state_dict() if scaler else None, pending=self.pending, kl_coef=self.kl_ctl.value,
                      moments=vars(self.moments), skips=asdict(self.skips), dealt=self.dealt, random=gather_object(mine) if distributed.is_initialized() else mine,
-                     kind=kind_of_run(self.policy, self.processing_class, self.args), settings=settings_of(self.args))
-        weights = self.weights()
+                     kind=self.kind, settings=settings_of(self.args))
+        weights = self.layout.weights(self.accelerator.is_main_process)
         if main:
             write_checkpoint(Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}", state, partial(self.write_model, weights=weights))
             keep_newest(self.args.output_dir, self.args.save_total_limit)
@@ -791,11 +779,10 @@ class Checkpoints(Published):
     def load_checkpoint(self, path: str | Path): # A folder that `save_checkpoint` wrote
         "Go on where the checkpoint was written."
         state = read_state(path)
-        check_same(path, state["kind"], kind_of_run(self.policy, self.processing_class, self.args))
+        check_same(path, state["kind"], self.kind)
         for change in differences({k: v for k, v in state["settings"].items() if k in KEPT}, {k: v for k, v in settings_of(self.args).items() if k in KEPT}):
             logger.warning("%s in this call; the checkpoint's goes on", change)
-        load_weights(self.policy, path)
-        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.layout.load(path, state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
         self.kl_ctl.value, self.moments, self.pending = state["kl_coef"], RunningMoments(**state["moments"]), state["pending"]
@@ -824,7 +811,7 @@ class Checkpoints(Published):
             for old in Path(self.args.output_dir).glob(pattern): old.unlink()
         shutil.rmtree(Path(self.args.output_dir)/CRITIC, ignore_errors=True)
 
-# %% ../nbs/06_trainer.ipynb #d7fac68a
+# %% ../nbs/06_trainer.ipynb #a9c014a4
 class Watched(Checkpoints):
     "Timed, logged, evaluated."
     def timed_step(self, rows: list[dict]) -> dict[str, float]: # Metrics
@@ -894,7 +881,7 @@ class Watched(Checkpoints):
         some = None if table is None else table.head(self.args.num_completions_to_print)
         for tracker in self.accelerator.trackers: log_answers(tracker, kind, some, spread, self.state.global_step)
 
-# %% ../nbs/06_trainer.ipynb #176247c9
+# %% ../nbs/06_trainer.ipynb #81bb0af1
 class Signals:
     "Inside, the first SIGINT or SIGTERM is only remembered; the next one has its usual effect."
     def __init__(self, quiet: bool = False): # Say nothing of it
@@ -915,7 +902,7 @@ class Signals:
         for number, usual in self.usual.items(): signal.signal(number, usual)
         self.usual = {}
 
-# %% ../nbs/06_trainer.ipynb #95eea53a
+# %% ../nbs/06_trainer.ipynb #6a37b926
 HEADLINES = ["objective/scores", "objective/kl", "tokens/responses", "eval/scores", "eval/kl"]
 
 class PPOTrainer(Watched):
@@ -988,7 +975,7 @@ class PPOTrainer(Watched):
             with self.together.freely(): return work()
         except (Exception, Elsewhere) as e:
             self.together.failed(e)
-            if self.whole and 0 < step == self.state.global_step and self.accelerator.is_main_process and not self.sharded:
+            if self.whole and 0 < step == self.state.global_step and self.accelerator.is_main_process and self.layout.whole:
                 set_random_states(before, self.generator)
                 try: self.save_checkpoint()
                 except OSError as e: logger.warning("%s", e)

@@ -1,0 +1,90 @@
+"DeepSpeed's ZeRO on two processes trains like one process, where it is installed (pip install '.[deepspeed]')."
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+from test_cli import run
+from test_launch import surroundings
+from test_ranks import flags, same_run
+from test_shards import FSDP
+
+pytest.importorskip("deepspeed")
+
+
+def environment(stage): return {k: v for k, v in surroundings(f"zero{stage}").items() if k.startswith("ACCELERATE")} | dict(DS_ACCELERATOR="cpu")
+
+
+@pytest.mark.parametrize("more", [["--whiten_rewards"], ["--critic", "adapter", "--ent_coef", .01, "--gradient_checkpointing", "--rollout_batch_size", 3],
+                                  ["--use_peft", False, "--ptx_coef", .1, "--max_grad_norm", .05]], ids=["plain", "checkpointing", "full"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_trains_like_one(tiny, together, tmp_path, stage, more):
+    said = together(*flags(tiny, tmp_path/"two", 4, *more), env=environment(stage))
+    assert f"ZeRO stage {stage} on 2 processes" in said
+    run(*flags(tiny, tmp_path/"one", 8, *more))
+    same_run(tmp_path/"one", tmp_path/"two")
+
+
+def test_a_run_goes_on_in_any_layout(tiny, together, tmp_path):
+    told = lambda out, rows, last, *more: flags(tiny, tmp_path/out, rows, "--lr_scheduler_type", "constant", "--weight_decay", .1, "--max_steps", last, "--save_steps", 2, *more)
+    on = ["--resume_from_checkpoint", True]
+    run(*told("all", 8, 10))
+    run(*told("parts", 8, 2))
+    together(*told("parts", 4, 4, *on), env=environment(2))
+    together(*told("parts", 4, 6, *on), env=FSDP)
+    together(*told("parts", 4, 8, *on), env=environment(3))
+    run(*told("parts", 8, 10, *on))
+    same_run(tmp_path/"all", tmp_path/"parts")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_resumed_on_as_many_processes_it_is_exact(tiny, together, tmp_path, stage):
+    more = ["--use_peft", stage == 2, "--max_steps", 4, "--save_steps", 2]
+    together(*flags(tiny, tmp_path/"straight", 4, *more), env=environment(stage))
+    shutil.copytree(tmp_path/"straight"/"checkpoint-2", tmp_path/"parts"/"checkpoint-2")
+    together(*flags(tiny, tmp_path/"parts", 4, *more, "--resume_from_checkpoint", True), env=environment(stage))
+    for file in (tmp_path/"straight"/"checkpoint-4").rglob("*.safetensors"):
+        x, y = load_file(file), load_file(tmp_path/"parts"/file.relative_to(tmp_path/"straight"))
+        assert x.keys() == y.keys() and all(x[k].equal(y[k]) for k in x), file
+
+
+DROPPED = """
+import math
+import sys
+from accelerate.state import PartialState
+from datasets import Dataset
+from rlhf_nb.config import PPOConfig
+from rlhf_nb.tiny import tiny_policy
+from rlhf_nb.trainer import PPOTrainer
+
+args = PPOConfig(output_dir=sys.argv[1], batch_size=int(sys.argv[2]), max_steps=9, num_ppo_epochs=2, mini_batch_size=int(sys.argv[2]), max_target_length=6, learning_rate=.01,
+                 adam_epsilon=1e-3, target_kl=1e-30, torch_dtype="float32", log_with="none", disable_tqdm=True)
+policy, tok = tiny_policy(initializer_range=.2)
+data = Dataset.from_dict(dict(prompt=["code a", "b", "c", "d"]))
+trainer = PPOTrainer(policy, lambda prompts, completions, **columns: [float(len(c)) for c in completions], args, data, processing_class=tok)
+seen = []
+for what in ("plain", "stopped", "not finite", "plain"):
+    args.early_stopping = what == "stopped"
+    hook = trainer.trained[0].register_hook(lambda grad: grad * (math.nan if what == "not finite" and trainer.accelerator.is_main_process else 1.))
+    answers = trainer.rollout(next(trainer.batches()))
+    stats = trainer.step(answers, trainer.score(answers))
+    hook.remove()
+    seen += [stats[k] for k in ("policy/optimizer_steps", "loss/value_avg", "val/skipped_updates", "objective/kl")] + [stats.get("policy/grad_norm", -1.) if what != "not finite" else 0.]
+if trainer.accelerator.is_main_process: print("SEEN", *seen)
+PartialState().destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_dropped_gradients_do_not_come_back(together, tmp_path, stage):
+    def seen(world, **env):
+        said = together(tmp_path/str(world), 4 // world, world=world, code=DROPPED, env=env)
+        return [float(x) for x in next(line for line in said.splitlines() if line.startswith("SEEN")).split()[1:]]
+    one = seen(1)
+    assert one[::5] == [2, 1, 0, 2] and one[2::5] == [0, 0, 1, 1]
+    assert seen(2, **environment(stage)) == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+def test_what_zero_cannot_do_is_said(tiny, ranks, tmp_path):
+    for stage, more, said in ((3, ["--gather_for_generation", False], "gather_for_generation=False does not go with ZeRO stage 3"), (2, ["--critic_warmup_steps", 1], "critic_warmup_steps does not go with ZeRO")):
+        found = ranks(*flags(tiny, tmp_path/"two", 4, *more), env=environment(stage))
+        assert found["status"] == [2, 2] and "".join(found["said"]).count(said) == 1
