@@ -239,9 +239,11 @@ class Watch(Notes):
         if self.usual: signal.pthread_kill(self.main.ident, signal.SIGUSR2)
         if not self.noticed.wait(GRACE): os._exit(self.failure.status)
 
-# %% ../nbs/05_together.ipynb #caa9f620
+# %% ../nbs/05_together.ipynb #273b273e
 class Together(Watch):
     "Around a run: it ends in all processes or in none."
+    saves = True # Does process 0 save a checkpoint when another one fails?
+
     def __enter__(self):
         if several() and dist.is_initialized():
             self.open()
@@ -266,10 +268,10 @@ class Together(Watch):
         return self.rank == min(r for r in range(self.world) if r == self.rank or r != self.failure.rank and self.alive(r)) != self.failure.rank
 
     def leave(self):
-        "Wait until process 0 has saved; process 0, until all have read the notes, which it may keep."
+        "Wait until process 0 has saved, if it does; process 0, until all have read the notes, which it may keep."
         left = lambda r: self.store.check([f"left {r}"]) or not self.alive(r)
         if self.rank and self.alive(0):
-            until(lambda: not self.alive(0) or self.store.check(["saved"]), self.timeout)
+            if self.saves: until(lambda: not self.alive(0) or self.store.check(["saved"]), self.timeout)
             if self.alive(0) or kept_by_launcher(): self.store.set(f"left {self.rank}", "")
         elif not self.rank:
             self.store.set("saved", "")

@@ -147,6 +147,7 @@ def make_accelerator(args: PPOConfig, dtype: torch.dtype) -> Accelerator: # Type
     accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=args.output_dir)
     if trackers and not accelerator.log_with: raise ValueError(f"log_with={trackers}: this package is not installed")
     if wants_zero():
+        if not accelerator.state.deepspeed_plugin: raise ValueError("--cpu does not go with ZeRO: leave it out; DS_ACCELERATOR=cpu is DeepSpeed's word for it")
         unset_hf_deepspeed_config() # Or transformers would share out every model that is loaded from here on
         check_settings_for_zero(args, accelerator.state.deepspeed_plugin.zero_stage)
     return accelerator
@@ -241,7 +242,7 @@ def not_finite(rollout: Rollout, scores: Scores) -> str | None: # None: all is
             "values": keep(rollout.values, mask)}
     return next((name for name, x in seen.items() if not x.isfinite().all()), None)
 
-# %% ../nbs/06_trainer.ipynb #9e375a7c
+# %% ../nbs/06_trainer.ipynb #b49391e3
 class Parts:
     "Models, rewards, optimiser and leash of a run."
     def __init__(self,
@@ -275,7 +276,7 @@ class Parts:
         self.rewards = make_rewards(reward_funcs, reward_processing_classes, args, dtype, device)
         self.kind, self.sizes = kind_of_run(policy, self.processing_class, args), count_weights(policy)
         self.layout = lay_out(policy, self.accelerator, args.max_grad_norm, dtype)
-        self.policy = self.layout.policy
+        self.policy, self.together.saves = self.layout.policy, self.layout.whole
         optimizer, self.lr_scheduler = make_optimizer(self.policy, args)
         self.optimizer, self.trained = self.layout.take(optimizer), self.layout.trained
         if self.accelerator.process_index: set_seed(args.seed + self.accelerator.process_index)
@@ -335,7 +336,7 @@ def recomputed(policy: Policy, wanted: bool) -> Iterator[None]:
     finally:
         for layer in layers: del layer.forward
 
-# %% ../nbs/06_trainer.ipynb #d4b801f4
+# %% ../nbs/06_trainer.ipynb #97dd5254
 def smaller(size: int,      # Answers at once
             saves: str,     # Settings that would have saved the attempt
             else_: str,     # What else would help
@@ -343,8 +344,8 @@ def smaller(size: int,      # Answers at once
 ) -> int:
     "Half of it, with the memory freed and a line to the user; `RunError` where nothing is left to halve."
     clear_device_cache(garbage_collection=True)
-    if together: raise RunError(f"Out of memory with {size} answers at a time, and weights are sharded: the other processes wait within the same pass. What helps: {saves}, {else_}")
     if size == 1: raise RunError(f"Out of memory with one answer at a time. What helps: {else_}")
+    if together: raise RunError(f"Out of memory with {size} answers at a time, and weights are sharded: the other processes wait within the same pass. What helps: {saves}, {else_}")
     logger.warning("Out of memory with %d answers at a time: %d from now on; %s saves the attempt", size, size // 2, saves)
     return size // 2
 
