@@ -70,7 +70,7 @@ class SamplingSettings:
     min_target_length: Whole = setting(4, "Tokens before EOS may end an answer")
     stop_strings: list[str] | None = setting(None, "Texts that end an answer, too, and are cut from it: the user's turn marker, say")
     temperature: Positive = setting(1.0, "Sampling temperature, in effect wherever log-probs are computed")
-    gather_for_generation: bool = setting(True, "Sharded weights are gathered once to write answers; False: layer by layer for every token, where they fit on no single GPU")
+    gather_for_generation: bool = setting(True, "FSDP2: weights are gathered once to write answers; False: layer by layer for every token, where they fit on no single GPU")
     rollout_int8: bool = setting(False, "On a CPU: write answers with int8 weights; each token is weighted for the difference when it is learned from")
     importance_sampling_cap: Positive = setting(2.0, "With rollout_int8 or use_vllm: the weight of a token is at most this")
     use_vllm: bool = setting(False, "Answers come from a vLLM server, which gets the weights whenever they have changed; each token is weighted for the difference")

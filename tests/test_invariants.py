@@ -239,7 +239,7 @@ def test_09_every_update_is_clipped(tmp_path, limit, size, seed):
 @given(st.integers(1, 40), st.integers(1, 50), SEED)
 def test_10_every_prompt_once_an_epoch(n, size, seed):
     steps = math.ceil(3 * n / size)
-    dealt = sum((deal(n, size, step, seed) for step in range(steps)), [])
+    dealt = sum((deal(n, size, step * size, seed) for step in range(steps)), [])
     epochs = [dealt[i:i + n] for i in (0, n, 2 * n)]
     assert all(sorted(e) == list(range(n)) for e in epochs) and (n < 8 or epochs[0] != epochs[1] != epochs[2])
 
