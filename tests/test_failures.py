@@ -153,6 +153,7 @@ def test_under_the_launcher(tiny, tmp_path):
     assert said.count("rlhf-nb train:") == 1 and "rlhf-nb train: Process 1 of 2 is gone" in said and f"checkpoint-{newest} is whole" in said
 
 
+@pytest.mark.slow
 def test_the_launchers_summary_has_the_cause(tiny, tmp_path):
     program = [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); import ranks; ranks.launched(dict(rank=1, update=2, what='raise ConnectionError()'))", ROOT/"tests"]
     launcher = launched(*flags(tiny, tmp_path/"run"), program=program)

@@ -88,8 +88,9 @@ def test_our_program_starts_processes(name, tiny, one, tmp_path, capfd, monkeypa
     same(tmp_path/"two", one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("starter", [("accelerate", "launch", "--config_file", CONFIGS["ddp"], "--num_processes", "2", "--main_process_port", "0"),
-                                     pytest.param(("torchrun", "--standalone", "--nproc_per_node", "2"), marks=pytest.mark.slow)], ids=lambda s: s[0])
+                                     ("torchrun", "--standalone", "--nproc_per_node", "2")], ids=lambda s: s[0])
 def test_others_start_processes_of_our_program(starter, tiny, one, tmp_path):
     done = subprocess.run([BIN/starter[0], *map(str, (*starter[1:], "-m", "rlhf_nb.cli", *flags(tiny, tmp_path/"two", 4)))], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and (done.stdout + done.stderr).count("Saved to") == 1, done.stdout + done.stderr
