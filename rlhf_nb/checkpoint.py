@@ -57,7 +57,7 @@ def random_states(generator: torch.Generator, # The one that draws answers
     "The state of every generator that a run draws from."
     kind, keys, *rest = np.random.get_state()
     return dict(python=random.getstate(), numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], generator=generator.get_state())
+                cuda=[torch.cuda.get_rng_state()] if torch.cuda.is_available() else [], generator=generator.get_state())
 
 def set_random_states(states: dict[str, Any], generator: torch.Generator):
     "Go on drawing where the states were taken."
@@ -65,7 +65,7 @@ def set_random_states(states: dict[str, Any], generator: torch.Generator):
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if states["cuda"]: torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state(states["cuda"][0])
     generator.set_state(states["generator"])
 
 # %% ../nbs/07_checkpoint.ipynb #e8787b16

@@ -35,7 +35,7 @@ import torch
 import yaml
 from accelerate.commands.config import load_config_from_file
 from accelerate.state import PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import patch_environment, set_seed
 from datasets import disable_progress_bars
 from huggingface_hub.utils import logging as huggingface_hub_logging
 from rich.console import Console
@@ -199,7 +199,7 @@ def train_settings(argv: list[str]) -> tuple[tuple, argparse.Namespace | None]: 
 # %% ../nbs/10_cli.ipynb #f55b1df9
 def launched() -> bool:
     "Did `accelerate launch` start this process? `ValueError` if it was torchrun, which knows nothing of its configuration."
-    if "ACCELERATE_MIXED_PRECISION" in os.environ: return True
+    if "RLHF_NB_LAUNCHED" in os.environ or {"ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"} <= os.environ.keys(): return True
     if torch.distributed.is_torchelastic_launched(): raise ValueError("accelerate_config starts the processes itself: leave out torchrun")
     return False
 
@@ -208,7 +208,8 @@ def launch(told: argparse.Namespace): # What `accelerate launch` is told
     from accelerate.commands.launch import launch_command
     if told.cpu: told.cpu, os.environ["ACCELERATE_USE_CPU"] = False, "true"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // told.num_processes)))
-    try: launch_command(told)
+    try:
+        with patch_environment(RLHF_NB_LAUNCHED="1"): launch_command(told)
     except ChildFailedError as e: status = e.get_first_failure()[1].exitcode
     except CalledProcessError as e: status = e.returncode
     except SignalException as e: status = -e.sigval
@@ -281,14 +282,20 @@ def train(argv: list[str]) -> PPOTrainer | None: # None: --dry_run
         check_settings(model_args, data_args, args)
         return launch(told)
     run_device(**join(args.ddp_timeout))
-    with Together(args.ddp_timeout) as start, start.freely(): trainer = make_trainer(model_args, data_args, args)
+    start = Together(args.ddp_timeout)
+    start.saves = False
+    with start, start.freely():
+        trainer = make_trainer(model_args, data_args, args)
+        trainer.accelerator.wait_for_everyone()
     if args.do_train:
         trainer.train()
         stop_if_told(trainer)
         logger.info("Saved to %s", args.output_dir)
         tell_what_next(args)
     else:
-        with trainer.together as run, run.freely(): metrics = trainer.evaluate()
+        with trainer.together as run, run.freely():
+            metrics = trainer.evaluate()
+            trainer.accelerator.wait_for_everyone()
         if trainer.accelerator.is_main_process: print("\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     PartialState().destroy_process_group()
     return trainer

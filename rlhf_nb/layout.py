@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DeepSpeedPlugin, broadcast, convert_outputs_to_fp32
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class Copies:
     "All weights in each process; gradients are summed."
     in_step = False # Does a pass need every process?
-    whole = True    # Has each process all that a checkpoint needs?
+    saves = True    # Has each process all that a checkpoint needs?
 
     def __init__(self,
                  policy: Policy,
@@ -63,7 +63,9 @@ class Copies:
         ends = np.cumsum([g.numel() for g in grads]) // most
         for part in np.unique(ends):
             some = [g for g, end in zip(grads, ends) if end == part]
-            vector_to_parameters(self.accelerator.reduce(parameters_to_vector(some)), some)
+            together = parameters_to_vector(some)
+            distributed.all_reduce(together)
+            vector_to_parameters(together, some)
 
     def backward(self, loss: Tensor): self.accelerator.backward(loss)
 
@@ -99,7 +101,7 @@ class Copies:
 # %% ../nbs/05_layout.ipynb #a797c8ea
 class Shards(Copies):
     "FSDP2: each process has its part of every weight."
-    in_step, whole = True, False
+    in_step, saves = True, False
 
     def __init__(self, policy: Policy, accelerator: Accelerator, max_norm: float = 0.):
         super().__init__(policy, accelerator, max_norm)
@@ -126,7 +128,7 @@ def check_zero(policy: Policy, plugin: DeepSpeedPlugin, dtype: torch.dtype): # O
 # %% ../nbs/05_layout.ipynb #9b1c0a4d
 class Engine(Copies):
     "Steps as DeepSpeed makes them."
-    whole = False
+    saves = False
 
     def __init__(self, policy: Policy, accelerator: Accelerator, max_norm: float = 0.,
                  dtype: torch.dtype = torch.float32): # Of matrix products

@@ -8,9 +8,10 @@ __all__ = ['logger', 'CHUNK', 'BLOCK', 'CRITIC', 'REFERENCE', 'VALUE_HEAD', 'Sam
            'SdpaBloomAttention', 'packs', 'FusedBloomMLP', 'FusedLora', 'modernise', 'PolicyOutput', 'unwrapped',
            'takes_position_ids', 'positions', 'use_adapter', 'ActorCritic', 'freeze_copy_of_adapter', 'Policy',
            'lora_targets', 'run_device', 'wants_shards', 'wants_zero', 'load_device', 'has_bf16', 'resolve_dtype',
-           'check_decoder', 'quantization', 'load_lm', 'lora_config', 'load_adapter_weights', 'with_adapter',
-           'load_value_head', 'load_policy', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'check_lengths',
-           'hub_name', 'check_model', 'loading', 'trained_weights', 'save_policy', 'load_weights', 'merge_adapter']
+           'check_decoder', 'quantization', 'load_lm', 'lora_config', 'take_over', 'load_adapter_weights',
+           'with_adapter', 'load_value_head', 'load_policy', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens',
+           'check_lengths', 'hub_name', 'check_model', 'loading', 'trained_weights', 'save_policy', 'load_weights',
+           'merge_adapter']
 
 # %% ../nbs/02_models.ipynb #131eb442
 import inspect
@@ -556,10 +557,14 @@ def lora_config(lm: PreTrainedModel, args: ModelArguments) -> LoraConfig:
                       target_modules=lora_targets(lm, args.target_modules),
                       modules_to_save=[m.strip() for m in args.modules_to_save.split(",")] if args.modules_to_save else None)
 
+def take_over(own: dict[str, Tensor], saved: dict[str, Tensor], path: str | Path): # By name; where they were saved
+    "Fill weights with saved ones; `ValueError` that names one that is missing."
+    if missing := own.keys() - saved.keys(): raise ValueError(f"{path} has no {min(missing)}: it is of another model")
+    for k, x in own.items(): fill(x, saved[k])
+
 def load_adapter_weights(lm: PeftModel, path: str | Path, name: str): # A folder with an adapter; which of the model's it becomes
     "Take over an adapter's weights."
-    saved = load_peft_weights(str(path), device="cpu")
-    for k, own in get_peft_model_state_dict(lm, adapter_name=name).items(): fill(own, saved[k])
+    take_over(get_peft_model_state_dict(lm, adapter_name=name, save_embedding_layers=False), load_peft_weights(str(path), device="cpu"), path)
 
 def with_adapter(lm: PreTrainedModel,
                  path: str,                  # Folder or hub name of an adapter
@@ -672,8 +677,7 @@ def load_weights(policy: Policy, path: str | Path): # A folder that `save_policy
         load_adapter_weights(policy.lm, path, policy.lm.active_adapter)
         if CRITIC in policy.lm.peft_config: load_adapter_weights(policy.lm, path/CRITIC, CRITIC)
     else:
-        saved = type(policy.lm).from_pretrained(path, dtype=torch.float32).state_dict()
-        for k, own in policy.lm.state_dict().items(): fill(own, saved[k])
+        take_over(policy.lm.state_dict(), type(policy.lm).from_pretrained(path, dtype=torch.float32).state_dict(), path)
     load_value_head(policy, path)
 
 def merge_adapter(base: str,              # Hub name or folder of the base model

@@ -69,7 +69,7 @@ def from_exchange(e: BaseException) -> bool:
     "Does it come from a collective? Then another process is the cause."
     tb = e.__traceback__
     while tb and tb.tb_next: tb = tb.tb_next
-    return isinstance(e, dist.DistError) or tb is not None and Path(dist.__file__).parent in Path(tb.tb_frame.f_code.co_filename).parents
+    return isinstance(e, dist.DistError) or type(e) is RuntimeError and tb is not None and Path(dist.__file__).parent in Path(tb.tb_frame.f_code.co_filename).parents
 
 # %% ../nbs/05_together.ipynb #677d0ba5
 def first_to_say(text: str) -> bool:
@@ -165,7 +165,7 @@ class Notes:
         places = self.places()
         places.setdefault(self.rank, (0, "its first steps"))
         behind = min(places, key=lambda r: places[r][0])
-        if "timed out" not in str(e).lower(): return Note(-1, 1, f"Another process cannot be reached any more; this one is in {places[self.rank][1]}")
+        if "timed out" not in str(e).lower(): return Note(-1, 1, f"Another process cannot be reached any more; this one is in {places[self.rank][1]} ({next(iter(str(e).splitlines()), type(e).__name__)})")
         if places[behind][0] == places[self.rank][0]: return Note(-1, 1, f"Another process did not come within ddp_timeout={self.timeout:g} s; this one is in {places[self.rank][1]}")
         return Note(behind, 1, f"Process {behind} of {self.world} is still in {places[behind][1]}; the others have waited ddp_timeout={self.timeout:g} s in {places[self.rank][1]}")
 
@@ -194,14 +194,14 @@ class Watch(Notes):
     def start(self):
         self.free, self.done, self.noticed, self.lock, self.main = False, threading.Event(), threading.Event(), threading.Lock(), threading.current_thread()
         heard = {signal.SIGUSR2: self.interrupt, signal.SIGTERM: self.ending} if self.main is threading.main_thread() else {}
-        self.usual = {number: signal.signal(number, handler) for number, handler in heard.items()}
+        self.usual = {number: signal.signal(number, handler) for number, handler in heard.items() if signal.getsignal(number) is not None}
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
     def stop(self):
-        self.done.set()
+        self.done.set(), self.noticed.set()
         self.thread.join()
-        for number, usual in self.usual.items(): signal.signal(number, signal.SIG_IGN if self.failure else usual)
+        for number, usual in self.usual.items(): signal.signal(number, signal.SIG_IGN if self.failure and number == signal.SIGTERM and kept_by_launcher() else usual)
         self.store = None
 
     def interrupt(self, *_):
@@ -277,6 +277,11 @@ class Together(Watch):
             self.store.set("saved", "")
             until(lambda: all(map(left, range(1, self.world))), 10 * TICK)
 
+    def part(self):
+        "All went well; process 0 stays until the others are done with the notes, if it keeps them."
+        self.store.set(f"left {self.rank}", "")
+        if not self.rank and not kept_by_launcher(): until(lambda: all(self.store.check([f"left {r}"]) or not self.alive(r) for r in range(1, self.world)), 10 * TICK)
+
     def __exit__(self, _, e: BaseException | None, __):
         if self.store is None: return
         if e: self.failed(e)
@@ -285,7 +290,7 @@ class Together(Watch):
             if e:
                 self.leave()
                 if self.failure.rank != self.rank: until(lambda: not self.alive(self.failure.rank), 10 * TICK) # A launcher takes the first to end for the cause
-            else: self.store.set(f"left {self.rank}", "")
+            else: self.part()
         except RuntimeError: self.cut()
         self.stop()
         if not e or self.failure.rank == self.rank and not self.failure.text: return

@@ -276,7 +276,7 @@ class Parts:
         self.rewards = make_rewards(reward_funcs, reward_processing_classes, args, dtype, device)
         self.kind, self.sizes = kind_of_run(policy, self.processing_class, args), count_weights(policy)
         self.layout = lay_out(policy, self.accelerator, args.max_grad_norm, dtype)
-        self.policy, self.together.saves = self.layout.policy, self.layout.whole
+        self.policy, self.together.saves = self.layout.policy, self.layout.saves
         optimizer, self.lr_scheduler = make_optimizer(self.policy, args)
         self.optimizer, self.trained = self.layout.take(optimizer), self.layout.trained
         if self.accelerator.process_index: set_seed(args.seed + self.accelerator.process_index)
@@ -780,6 +780,7 @@ class Checkpoints(Published):
     def load_checkpoint(self, path: str | Path): # A folder that `save_checkpoint` wrote
         "Go on where the checkpoint was written."
         state = read_state(path)
+        if "dealt" not in state: raise ValueError(f"{path} was written by an earlier version, whose runs cannot go on")
         check_same(path, state["kind"], self.kind)
         for change in differences({k: v for k, v in state["settings"].items() if k in KEPT}, {k: v for k, v in settings_of(self.args).items() if k in KEPT}):
             logger.warning("%s in this call; the checkpoint's goes on", change)
@@ -933,6 +934,7 @@ class PPOTrainer(Watched):
         if fresh or resume: check_output_dir(args.output_dir, args.overwrite_output_dir, bool(resume))
         if resume:
             with self.accelerator.main_process_first(): path = find_checkpoint(resume, args.output_dir)
+            self.accelerator.wait_for_everyone()
             self.load_checkpoint(path)
         if args.push_to_hub: self.make_repo()
         if fresh: self.clear_output_dir()
@@ -959,7 +961,8 @@ class PPOTrainer(Watched):
             self.control = self.handler.on_step_end(self.args, self.state, self.control)
             if self.control.should_log: self.log_pending()
             if self.control.should_evaluate: self.log_evaluation()
-            self.stopped_by = int(from_all(self.accelerator, torch.tensor([signals.seen], device=self.accelerator.device)).max())
+            said = torch.tensor([[signals.seen, self.control.should_save, self.control.should_training_stop]], device=self.accelerator.device)
+            self.stopped_by, self.control.should_save, self.control.should_training_stop = from_all(self.accelerator, said).amax(0).tolist()
             lost = self.skips.in_a_row >= self.args.max_skipped_updates
             if self.control.should_save or self.stopped_by or lost:
                 self.save_checkpoint()
@@ -976,7 +979,7 @@ class PPOTrainer(Watched):
             with self.together.freely(): return work()
         except (Exception, Elsewhere) as e:
             self.together.failed(e)
-            if self.whole and 0 < step == self.state.global_step and self.accelerator.is_main_process and self.layout.whole:
+            if self.whole and 0 < step == self.state.global_step and self.accelerator.is_main_process and self.layout.saves:
                 set_random_states(before, self.generator)
                 try: self.save_checkpoint()
                 except OSError as e: logger.warning("%s", e)

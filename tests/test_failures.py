@@ -125,6 +125,23 @@ def test_bad_input_is_said_once(run, tmp_path):
         assert found["status"] == [2, 2] and text in said and found["seconds"] < 20
 
 
+LATE = """
+import os
+from rlhf_nb import cli
+make = cli.PPOTrainer
+def broken(*args):
+    make(*args)
+    raise ValueError("it is broken")
+if os.environ["RANK"] == "1": cli.PPOTrainer = broken
+cli.main()
+"""
+
+
+def test_one_process_fails_at_the_end_of_the_start(run, tmp_path):
+    found = run(tmp_path, code=LATE)
+    assert found["status"] == [2, 2] and ours(found) == ["rlhf-nb train: it is broken"] and found["seconds"] < 20
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_one_process_stops_all_after_the_update(run, straight, tmp_path, number):
     found = run(tmp_path, update=3, what=f"os.kill(os.getpid(), {int(number)})")

@@ -1,8 +1,13 @@
 "FSDP2 on two processes trains like one process; what it writes does not tell."
 import pandas as pd
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from test_cli import run, short
 from test_ranks import flags, same_run
+
+from rlhf_nb.models import Policy, load_weights, save_policy, trained_weights
+from rlhf_nb.tiny import tiny_policy
 
 FSDP = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
 
@@ -32,3 +37,15 @@ def test_no_prompt_is_lost_or_repeated_when_the_batch_changes(tiny, tmp_path):
     run(*short(*tiny, tmp_path/"parts", "--log_with", "none"))
     run(*short(*tiny, tmp_path/"parts", "--max_steps", 4, "--batch_size", 2, "--resume_from_checkpoint", True, "--log_with", "none"))
     assert len(prompts("all")) == 12 and prompts("parts") == prompts("all")
+
+
+@pytest.mark.parametrize("layers", [["q_proj", "lm_head"], ["q_proj", "embed_tokens"]])
+def test_an_adapter_of_the_embeddings_comes_back(tmp_path, layers):
+    made = lambda: Policy(get_peft_model(tiny_policy("llama", tie_word_embeddings=False)[0], LoraConfig(target_modules=layers)))
+    torch.manual_seed(0)
+    old, new = made(), made()
+    save_policy(old, tmp_path, trained_weights(old))
+    load_weights(new, tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(old.parameters(), new.parameters()))
+    save_policy(Policy(get_peft_model(tiny_policy("llama")[0], LoraConfig(target_modules=["v_proj"]))), tmp_path)
+    with pytest.raises(ValueError, match="it is of another model"): load_weights(new, tmp_path)
