@@ -1,8 +1,11 @@
 "FSDP2 on two processes trains like one process; what it writes does not tell."
+import shutil
+
 import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_cli import run, short
 from test_ranks import flags, same_run
 
@@ -29,6 +32,16 @@ def test_a_run_goes_on_in_any_number_of_processes(tiny, together, tmp_path):
     run(*flags(tiny, tmp_path/"parts", 8, "--max_steps", 4, "--save_steps", 4, *on))
     together(*from_two("--max_steps", 6, "--save_steps", 6, *on), env=FSDP)
     same_run(tmp_path/"all", tmp_path/"parts")
+
+
+def test_resumed_on_as_many_processes_it_is_exact(tiny, together, tmp_path):
+    told = lambda out, *more: flags(tiny, tmp_path/out, 4, "--max_steps", 4, "--save_steps", 2, *more)
+    together(*told("straight"), env=FSDP)
+    shutil.copytree(tmp_path/"straight"/"checkpoint-2", tmp_path/"parts"/"checkpoint-2")
+    together(*told("parts", "--resume_from_checkpoint", True), env=FSDP)
+    for file in (tmp_path/"straight"/"checkpoint-4").rglob("*.safetensors"):
+        a, b = load_file(file), load_file(tmp_path/"parts"/file.relative_to(tmp_path/"straight"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), file
 
 
 def test_no_prompt_is_lost_or_repeated_when_the_batch_changes(tiny, tmp_path):
