@@ -676,8 +676,7 @@ def load_weights(policy: Policy, path: str | Path): # A folder that `save_policy
     if isinstance(policy.lm, PeftModel):
         load_adapter_weights(policy.lm, path, policy.lm.active_adapter)
         if CRITIC in policy.lm.peft_config: load_adapter_weights(policy.lm, path/CRITIC, CRITIC)
-    else:
-        take_over(policy.lm.state_dict(), type(policy.lm).from_pretrained(path, dtype=torch.float32).state_dict(), path)
+    else: take_over(policy.lm.state_dict(), type(policy.lm).from_pretrained(path, dtype=torch.float32).state_dict(), path)
     load_value_head(policy, path)
 
 def merge_adapter(base: str,              # Hub name or folder of the base model

@@ -267,20 +267,23 @@ class Together(Watch):
         "Is this the first process that is left?"
         return self.rank == min(r for r in range(self.world) if r == self.rank or r != self.failure.rank and self.alive(r)) != self.failure.rank
 
+    def wait_for_readers(self):
+        "As process 0, until the others are done with the notes, which it may keep."
+        until(lambda: all(self.store.check([f"left {r}"]) or not self.alive(r) for r in range(1, self.world)), 10 * TICK)
+
     def leave(self):
-        "Wait until process 0 has saved, if it does; process 0, until all have read the notes, which it may keep."
-        left = lambda r: self.store.check([f"left {r}"]) or not self.alive(r)
+        "Wait until process 0 has saved, if it does; process 0 stays for its readers."
         if self.rank and self.alive(0):
             if self.saves: until(lambda: not self.alive(0) or self.store.check(["saved"]), self.timeout)
             if self.alive(0) or kept_by_launcher(): self.store.set(f"left {self.rank}", "")
         elif not self.rank:
             self.store.set("saved", "")
-            until(lambda: all(map(left, range(1, self.world))), 10 * TICK)
+            self.wait_for_readers()
 
     def part(self):
-        "All went well; process 0 stays until the others are done with the notes, if it keeps them."
+        "All went well."
         self.store.set(f"left {self.rank}", "")
-        if not self.rank and not kept_by_launcher(): until(lambda: all(self.store.check([f"left {r}"]) or not self.alive(r) for r in range(1, self.world)), 10 * TICK)
+        if not self.rank and not kept_by_launcher(): self.wait_for_readers()
 
     def __exit__(self, _, e: BaseException | None, __):
         if self.store is None: return

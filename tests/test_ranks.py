@@ -1,6 +1,7 @@
 "Two processes with a batch of B train like one with a batch of 2B; each writes answers of its own."
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load_file
 from test_cli import history, run, short
 
@@ -27,6 +28,13 @@ def same_run(one, two):
     for file in sorted(one.glob("completions/*.parquet")):
         x, y = (pd.read_parquet(run/"completions"/file.name) for run in (two, one))
         assert x[["prompt", "completion", "length"]].equals(y[["prompt", "completion", "length"]]), file.name
+
+
+def identical(one, two):
+    "Every safetensors file of a folder is to be found in another, equal to the bit."
+    for file in one.rglob("*.safetensors"):
+        a, b = load_file(file), load_file(two/file.relative_to(one))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), file
 
 
 @pytest.mark.parametrize("more", [[], ["--whiten_rewards", "--use_score_scaling", "--critic", "adapter", "--critic_warmup_steps", 1, "--ent_coef", .01,
