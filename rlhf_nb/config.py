@@ -181,7 +181,8 @@ class HubSettings:
 class PPOConfig(HubSettings, RunSettings, PPOSettings, KLSettings, RewardSettings, SamplingSettings):
     "Every setting that the trainer reads."
     def __post_init__(self):
-        if isinstance(self.resume_from_checkpoint, bool): self.resume_from_checkpoint = "True" if self.resume_from_checkpoint else None
+        said = str(self.resume_from_checkpoint).lower()
+        if said in ("true", "false"): self.resume_from_checkpoint = "True" if said == "true" else None
         validate(self)
         rows = self.mini_batch_size * self.gradient_accumulation_steps
         for wrong, text in [
