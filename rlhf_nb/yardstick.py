@@ -32,7 +32,7 @@ def ppo(folder: str | Path,                        # For what the run writes
         **settings) -> PPOTrainer:                 # In place of the demo's
     "A trainer for the clinic."
     quiet = dict(output_dir=folder, overwrite_output_dir=True, log_with="none", disable_tqdm=True)
-    model_args, data_args, args, _ = demo_settings(as_flags(quiet | settings))
+    model_args, data_args, args, *_ = demo_settings(as_flags(quiet | settings))
     trainer = make_trainer(model_args, data_args, args, true_reward)
     trainer.rewards.funcs[0] = change(trainer.rewards.funcs[0])
     return trainer
@@ -80,7 +80,7 @@ def peer(name: str,                # A key of `PEERS`
          seed: int = 0,
          **settings) -> tuple[dict[str, list[float]], float]: # As `course` says, and the true reward on the unseen questions
     "A run of one of TRL's trainers."
-    model_args, _, args, _ = demo_settings([])
+    model_args, _, args, *_ = demo_settings([])
     policy, reward = clinic_models()
     tok = AutoTokenizer.from_pretrained(policy)
     trainer_class, config_class, learning_rate = PEERS[name]

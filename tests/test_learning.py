@@ -44,6 +44,14 @@ def test_what_ships_is_small_and_good():
     assert accuracy(clinic_models()[1], 500) >= .88
 
 
+def test_the_yardstick_is_ready(tmp_path):
+    trainer = ppo(tmp_path/"ppo", max_steps=1, do_eval=False, **CONTROLS["constant"])
+    trainer.train()
+    ours = course(trainer)
+    theirs, reward = peer("RLOO", tmp_path/"rloo", max_steps=1)
+    assert trainer.last("objective/scores") == 0 and ours["rollouts"] == theirs["rollouts"] == [64] and .4 < reward < .7
+
+
 @pytest.mark.slow
 def test_five_seeds(seeds):
     before, after = zip(*(run[0] for run in seeds))
