@@ -1,15 +1,14 @@
 "What `rlhf_nb.plan` says, against what is."
-import io
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from rlhf_nb.cli import main
 from rlhf_nb.config import ModelArguments, PPOConfig
 from rlhf_nb.models import load_policy
-from rlhf_nb.plan import GPUS, Device, plan, plan_text
+from rlhf_nb.plan import GPUS, Device, plan
 
 from conftest import ROOT
 
@@ -59,10 +58,11 @@ def test_what_a_run_may_be_set_to_can_be_planned(named, of_model, settings):
         assert found.peak > sum(found.parameters[m] for m in ("policy", "reward"))
 
 
-def test_80_columns_are_enough(named):
-    out = io.StringIO()
-    Console(file=out, width=80, no_color=True, force_terminal=False).print(plan_text(named, PPOConfig(batch_size=8, mini_batch_size=8), "T4"))
-    assert "fits T4" in out.getvalue() and max(len(line.rstrip()) for line in out.getvalue().splitlines()) <= 80
+def test_80_columns_are_enough(tiny, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["plan", "--model_name_or_path", str(tiny[0]), "--reward_model_name_or_path", str(tiny[1]), "--gpu", "t4"])
+    out = capsys.readouterr().out
+    assert "fits T4" in out and max(len(line.rstrip()) for line in out.splitlines()) <= 80
 
 
 @linux
