@@ -12,13 +12,11 @@ import types
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-
 # %% ../nbs/00_config.ipynb #efe0bd77
 def setting(default: Any, # Value when the user says nothing
-            help: str,    # One line for `--help`
-            **metadata):
+            help: str):   # One line for `--help`
     "A dataclass field with a help text."
-    return field(default=default, metadata=dict(help=help, **metadata))
+    return field(default=default, metadata=dict(help=help))
 
 # %% ../nbs/00_config.ipynb #a60709fb
 Count    = Annotated[int,   "must be at least 1",           lambda x: x >= 1]

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['logger', 'CHUNK', 'BLOCK', 'CRITIC', 'REFERENCE', 'VALUE_HEAD', 'Sampling', 'sampling_logits', 'token_logprobs',
            'token_entropy', 'head_part', 'head_logprobs', 'head_replaced', 'head_is_plain', 'rearranged',
-           'SdpaBloomAttention', 'packs', 'FusedBloomMLP', 'FusedLora', 'modernise', 'PolicyOutput', 'unwrapped',
-           'takes_position_ids', 'positions', 'use_adapter', 'ActorCritic', 'freeze_copy_of_adapter', 'Policy',
-           'lora_targets', 'run_device', 'wants_shards', 'wants_zero', 'load_device', 'has_bf16', 'resolve_dtype',
-           'check_decoder', 'quantization', 'load_lm', 'lora_config', 'take_over', 'load_adapter_weights',
-           'with_adapter', 'load_value_head', 'load_policy', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens',
-           'check_lengths', 'hub_name', 'check_model', 'loading', 'trained_weights', 'save_policy', 'load_weights',
-           'merge_adapter']
+           'SdpaBloomAttention', 'packs', 'FusedBloomMLP', 'FusedLora', 'modernise', 'unwrapped', 'takes_position_ids',
+           'positions', 'hidden_states', 'Actor', 'use_adapter', 'PolicyOutput', 'ActorCritic',
+           'freeze_copy_of_adapter', 'Policy', 'lora_targets', 'run_device', 'wants_shards', 'wants_zero',
+           'load_device', 'has_bf16', 'resolve_dtype', 'check_decoder', 'quantization', 'load_lm', 'lora_config',
+           'take_over', 'load_adapter_weights', 'with_adapter', 'load_value_head', 'load_policy', 'load_tokenizer',
+           'prepare_tokenizer', 'end_tokens', 'check_lengths', 'hub_name', 'check_model', 'loading', 'trained_weights',
+           'save_policy', 'load_weights', 'merge_adapter']
 
 # %% ../nbs/02_models.ipynb #131eb442
 import inspect
@@ -109,21 +109,6 @@ def token_entropy(logits: Tensor, # (B, T, V), float32
 CHUNK = 2 ** 26 # Logits of the output layer's own type that exist at once
 BLOCK = 2 ** 19 # Of these, in float32, on a CPU: what its cache holds
 
-class _HeadLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, early, sampling, with_entropy):
-        parts = [head_part(*part, weight, bias, sampling, with_entropy, ctx.needs_input_grad[0])
-                 for part in zip(*(x.split(max(1, CHUNK // len(weight))) for x in (hidden, ids, early)))]
-        logprobs, entropy, *directions = (None if column[0] is None else torch.cat(column) for column in zip(*parts))
-        ctx.save_for_backward(*directions)
-        ctx.set_materialize_grads(False)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, grad, grad_entropy):
-        total = sum(g[:, None] * d for g, d in zip((grad, grad_entropy), ctx.saved_tensors) if g is not None)
-        return total, None, None, None, None, None, None
-
 def head_part(hidden: Tensor,       # (n, H)
               ids: Tensor,          # The tokens that were drawn, (n,)
               early: Tensor,        # May EOS not come yet? (n,)
@@ -154,6 +139,22 @@ def head_part(hidden: Tensor,       # (n, H)
     grad = ((weight[ids] - expect(logits)) / sampling.temperature).to(hidden.dtype) if with_grad else None
     entropy_grad = (-expect(spread) / sampling.temperature).to(hidden.dtype) if spread is not None else None
     return (drawn - size.log())[:, 0], (size.log() - mean)[:, 0] if with_entropy else None, grad, entropy_grad
+
+# %% ../nbs/02_models.ipynb #ff7c7794
+class _HeadLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, ids, early, sampling, with_entropy):
+        parts = [head_part(*part, weight, bias, sampling, with_entropy, ctx.needs_input_grad[0])
+                 for part in zip(*(x.split(max(1, CHUNK // len(weight))) for x in (hidden, ids, early)))]
+        logprobs, entropy, *directions = (None if column[0] is None else torch.cat(column) for column in zip(*parts))
+        ctx.save_for_backward(*directions)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, grad_entropy):
+        total = sum(g[:, None] * d for g, d in zip((grad, grad_entropy), ctx.saved_tensors) if g is not None)
+        return total, None, None, None, None, None, None
 
 def head_logprobs(hidden: Tensor,        # What the output layer reads, (n, H)
                   head: nn.Linear,       # Frozen
@@ -297,12 +298,6 @@ def modernise(lm: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel: #
     return lm
 
 # %% ../nbs/02_models.ipynb #84036ee9
-class PolicyOutput(NamedTuple):
-    "What the policy says of a response."
-    logprobs: Tensor        # Of the drawn tokens, (B, T), float32
-    values: Tensor | None   # Expected reward before each token, (B, T), float32
-    entropy: Tensor | None  # In nats, (B, T), float32
-
 def unwrapped(lm: PreTrainedModel | PeftModel) -> PreTrainedModel: # Its layers keep their adapters
     "The model without peft's wrapper."
     return lm.get_base_model() if isinstance(lm, PeftModel) else lm
@@ -315,6 +310,61 @@ def positions(mask: Tensor, # 1 for real tokens, (B, N)
 ) -> Tensor:                # (B, N)
     "Positions that start at 0 at the first real token."
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+def hidden_states(lm: PreTrainedModel | PeftModel,
+                  reads: dict,                # What the model is called with
+                  keep_logits: bool = False,
+) -> tuple[Tensor, Tensor | None]:            # (B, T, H), (B, T, V)
+    "What the output layer is given, and what it makes of it, if wanted."
+    seen, head = [], lm.get_output_embeddings()
+    if keep_logits:
+        hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try: logits = lm(**reads).logits
+        finally: hook.remove()
+        return seen[0], logits
+    with head_replaced(lm, lambda x: (seen.append(x), x[..., :1])[1]): lm(**reads)
+    return seen[0], None
+
+# %% ../nbs/02_models.ipynb #6cc61ec8
+class Actor(nn.Module):
+    "A decoder that says how likely tokens are."
+    def __init__(self, lm: PreTrainedModel | PeftModel): # Its trainable weights become float32
+        super().__init__()
+        self.lm, self.position_ids = modernise(lm), takes_position_ids(lm)
+        for p in lm.parameters():
+            if p.requires_grad: p.data = p.data.float()
+        self.plain_head = head_is_plain(lm)
+        if not self.plain_head and not lm.get_output_embeddings().weight.requires_grad:
+            logger.info("The output layer of this %s does not fit the fast path: its logits are kept whole", lm.config.model_type)
+        self.settle()
+
+    def settle(self):
+        "Evaluation mode throughout, but for bitsandbytes' layers."
+        self.eval()
+        for m in self.modules():
+            if type(m).__module__.startswith("bitsandbytes"): m.train()
+
+    def next_logits(self,
+                    ids: Tensor,    # What the cache does not hold yet, (B, n)
+                    mask: Tensor,   # 1 for real tokens, of all so far, (B, N)
+                    cache: Cache,   # Grows by n
+    ) -> Tensor:                    # (B, 1, V)
+        "Logits of the token that comes next."
+        extra = dict(position_ids=positions(mask)[:, -ids.shape[1]:]) if self.position_ids else {}
+        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
+        return unwrapped(self.lm)(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=last, **extra).logits
+
+    def look(self, reads: dict, response_ids: Tensor, response_mask: Tensor, sampling: Sampling, entropy: bool):
+        "Hidden states, and log-probs and entropy of the response."
+        hidden, logits = hidden_states(self.lm, reads, keep_logits=not self.plain_head)
+        with torch.autocast(hidden.device.type, enabled=False):
+            if logits is not None:
+                logits = sampling_logits(logits, sampling)
+                return hidden, (token_logprobs(logits, response_ids), token_entropy(logits) if entropy else None)
+            real = response_mask > 0
+            early = (torch.arange(real.shape[1], device=real.device) < sampling.min_length).expand_as(real)
+            found = head_logprobs(hidden[real], self.lm.get_output_embeddings(), response_ids[real], early[real], sampling, entropy)
+            return hidden, tuple(x if x is None else x.new_zeros(real.shape).masked_scatter(real, x) for x in found)
 
 # %% ../nbs/02_models.ipynb #ff5a15df
 CRITIC = "critic"
@@ -337,25 +387,20 @@ def use_adapter(lm: PeftModel,   # With more than one adapter
         for p in trained: p.requires_grad_(True)
 
 # %% ../nbs/02_models.ipynb #792a5753
-class ActorCritic(nn.Module):
+class PolicyOutput(NamedTuple):
+    "What the policy says of a response."
+    logprobs: Tensor        # Of the drawn tokens, (B, T), float32
+    values: Tensor | None   # Expected reward before each token, (B, T), float32
+    entropy: Tensor | None  # In nats, (B, T), float32
+
+class ActorCritic(Actor):
     "A decoder with a value head."
     critic = "shared"
-    def __init__(self, lm: PreTrainedModel | PeftModel): # Its trainable weights become float32
-        super().__init__()
-        self.lm, self.position_ids = modernise(lm), takes_position_ids(lm)
-        for p in lm.parameters():
-            if p.requires_grad: p.data = p.data.float()
-        self.plain_head, weight = head_is_plain(lm), lm.get_output_embeddings().weight
-        if not self.plain_head and not weight.requires_grad: logger.info("The output layer of this %s does not fit the fast path: its logits are kept whole", lm.config.model_type)
-        self.value_head = nn.Linear(weight.shape[-1], 1, dtype=torch.float32, device=weight.device)
+    def __init__(self, lm: PreTrainedModel | PeftModel): # As for `Actor`
+        super().__init__(lm)
+        weight = lm.get_output_embeddings().weight
+        self.value_head = nn.Linear(weight.shape[-1], 1, dtype=torch.float32, device=weight.device).eval()
         nn.init.zeros_(self.value_head.weight); nn.init.zeros_(self.value_head.bias)
-        self.settle()
-
-    def settle(self):
-        "Evaluation mode throughout, but for bitsandbytes' layers."
-        self.eval()
-        for m in self.modules():
-            if type(m).__module__.startswith("bitsandbytes"): m.train()
 
     def forward(self,
                 query_ids: Tensor,      # Prompts, padded on the left, (B, P)
@@ -375,42 +420,9 @@ class ActorCritic(nn.Module):
         if not values: return PolicyOutput(says[0], None, says[1])
         if self.critic == "detached": seen = seen.detach()
         if self.critic == "adapter":
-            with use_adapter(self.lm, CRITIC): seen, _ = self.hidden(reads)
+            with use_adapter(self.lm, CRITIC): seen, _ = hidden_states(self.lm, reads)
         with torch.autocast(seen.device.type, enabled=False):
             return PolicyOutput(says[0], self.value_head(seen.to(self.value_head.weight)).squeeze(-1), says[1])
-
-    def next_logits(self,
-                    ids: Tensor,    # What the cache does not hold yet, (B, n)
-                    mask: Tensor,   # 1 for real tokens, of all so far, (B, N)
-                    cache: Cache,   # Grows by n
-    ) -> Tensor:                    # (B, 1, V)
-        "Logits of the token that comes next."
-        extra = dict(position_ids=positions(mask)[:, -ids.shape[1]:]) if self.position_ids else {}
-        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
-        return unwrapped(self.lm)(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=last, **extra).logits
-
-    def hidden(self, reads: dict, keep_logits: bool = False) -> tuple[Tensor, Tensor | None]: # What the model is called with
-        "What the output layer is given, (B, T, H), and what it makes of it, if wanted."
-        seen, head = [], self.lm.get_output_embeddings()
-        if keep_logits:
-            hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-            try: logits = self.lm(**reads).logits
-            finally: hook.remove()
-            return seen[0], logits
-        with head_replaced(self.lm, lambda x: (seen.append(x), x[..., :1])[1]): self.lm(**reads)
-        return seen[0], None
-
-    def look(self, reads: dict, response_ids: Tensor, response_mask: Tensor, sampling: Sampling, entropy: bool):
-        "Hidden states, and log-probs and entropy of the response."
-        hidden, logits = self.hidden(reads, keep_logits=not self.plain_head)
-        with torch.autocast(hidden.device.type, enabled=False):
-            if logits is not None:
-                logits = sampling_logits(logits, sampling)
-                return hidden, (token_logprobs(logits, response_ids), token_entropy(logits) if entropy else None)
-            real = response_mask > 0
-            early = (torch.arange(real.shape[1], device=real.device) < sampling.min_length).expand_as(real)
-            found = head_logprobs(hidden[real], self.lm.get_output_embeddings(), response_ids[real], early[real], sampling, entropy)
-            return hidden, tuple(x if x is None else x.new_zeros(real.shape).masked_scatter(real, x) for x in found)
 
 # %% ../nbs/02_models.ipynb #2b443462
 REFERENCE = "reference"
@@ -549,8 +561,6 @@ def load_lm(args: ModelArguments,
     return prepare_model_for_kbit_training(lm, use_gradient_checkpointing=False) if quant else lm
 
 # %% ../nbs/02_models.ipynb #28ea917b
-VALUE_HEAD = "value_head.safetensors"
-
 def lora_config(lm: PreTrainedModel, args: ModelArguments) -> LoraConfig:
     "The adapter that the settings describe."
     return LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, task_type="CAUSAL_LM",
@@ -573,6 +583,9 @@ def with_adapter(lm: PreTrainedModel,
     "The model with a saved adapter; `ValueError` if it belongs to another one."
     try: return PeftModel.from_pretrained(lm, path, is_trainable=is_trainable)
     except RuntimeError as e: raise ValueError(f"{path} is no adapter of {lm.config._name_or_path}: {str(e).splitlines()[-1].strip()}") from e
+
+# %% ../nbs/02_models.ipynb #b6d8ec84
+VALUE_HEAD = "value_head.safetensors"
 
 def load_value_head(policy: Policy, path: str | Path | None): # A folder that may hold one
     "Take over the value head saved in `path`."
@@ -653,6 +666,7 @@ def trained_weights(policy: Policy,
         if p.requires_grad or not isinstance(p, nn.Parameter): names.setdefault(id(p), []).append(name)
     return {name: x for same in names.values() for x in [whole(state[same[0]], keep)] for name in same}
 
+# %% ../nbs/02_models.ipynb #dc0ab51a
 def save_policy(policy: Policy,
                 path: str | Path,                        # A folder, made if need be
                 weights: dict[str, Tensor] | None = None): # What `trained_weights` gave, if the policy is sharded
@@ -679,6 +693,7 @@ def load_weights(policy: Policy, path: str | Path): # A folder that `save_policy
     else: take_over(policy.lm.state_dict(), type(policy.lm).from_pretrained(path, dtype=torch.float32).state_dict(), path)
     load_value_head(policy, path)
 
+# %% ../nbs/02_models.ipynb #bd27c3cf
 def merge_adapter(base: str,              # Hub name or folder of the base model
                   peft_path: str,         # Folder with the adapter
                   output_dir: str,        # Where the merged model goes

@@ -119,6 +119,7 @@ def pick_label(config, label: str | None) -> int: # Index into the model's outpu
     if not 0 <= index < config.num_labels: raise ValueError(f"reward_label={label}: the reward model has {names}")
     return index
 
+# %% ../nbs/03_rewards.ipynb #809bfa09
 class RewardModel:
     "A sequence classifier as a reward function."
     def __init__(self,

@@ -233,6 +233,7 @@ def padded(rows: list[Tensor],     # Ids, 1-D
     "A batch."
     return pad_rows(rows, side, pad_id), pad_rows([torch.ones_like(x) for x in rows], side)
 
+# %% ../nbs/04_rollout.ipynb #45dee640
 def decode(ids: Tensor,                        # One answer's tokens, (T,)
            tokenizer: PreTrainedTokenizerBase,
            eos_token_ids: tuple[int, ...],

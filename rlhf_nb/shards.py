@@ -59,8 +59,8 @@ def is_gathered(model: nn.Module) -> bool:
 
 # %% ../nbs/01_shards.ipynb #7c6450ab
 def unsharded(x: Any,            # A tensor, or what else stands in an optimiser's state
-          keep: bool = True, # Does this process want it?
-) -> Any:                    # None: not wanted
+              keep: bool = True, # Does this process want it?
+) -> Any:                        # None: not wanted
     "The whole of a sharded tensor, on the CPU; everything else as it is."
     if isinstance(x, DTensor): x = x.detach().full_tensor()
     return (x.cpu() if isinstance(x, Tensor) else x) if keep else None
