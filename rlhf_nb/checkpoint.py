@@ -94,6 +94,7 @@ def damage(folder: str | Path) -> str | None: # None: it is whole
         if listed[name] != found[name]: return f"{name} is damaged"
     return None
 
+# %% ../nbs/07_checkpoint.ipynb #2c087a1c
 def flush(*paths: Path): # Written to the disk: a file's contents, a folder's names
     "Have the operating system write what it still holds back."
     for path in paths:

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'SCORE', 'TRUE', 'KL', 'LENGTH', 'COLORS', 'LINES', 'MORE', 'REWARDS', 'CJK', 'PIECE', 'MOST_PAIRS',
            'LONGEST', 'FACTS', 'BEST', 'CSS', 'CSS_MORE', 'MACROS', 'COMPARISON', 'DIAGNOSIS', 'CHARTS', 'ANSWERS',
-           'TIME', 'SETTINGS', 'PAGE', 'SECTIONS', 'TEMPLATES', 'Run', 'read_json', 'described', 'read_state',
-           'read_answers', 'read_run', 'number', 'duration', 'values', 'ends', 'phases', 'moved', 'verdict', 'color',
-           'dashes', 'inline', 'picture', 'metrics', 'told', 'curve_panels', 'pairs', 'kl_panels', 'finite',
-           'histograms', 'marked', 'Sample', 'gains', 'chosen', 'samples', 'Setting', 'setting_rows', 'costs',
-           'compared', 'headline', 'as_text', 'page', 'findings_of', 'write_report']
+           'TIME', 'SETTINGS', 'PAGE', 'SECTIONS', 'TEMPLATES', 'Run', 'described', 'read_state', 'read_answers',
+           'read_run', 'number', 'duration', 'values', 'ends', 'phases', 'moved', 'verdict', 'color', 'dashes',
+           'inline', 'picture', 'metrics', 'told', 'curve_panels', 'pairs', 'kl_panels', 'finite', 'histograms',
+           'marked', 'Sample', 'gains', 'chosen', 'samples', 'Setting', 'setting_rows', 'costs', 'compared', 'headline',
+           'as_text', 'page', 'findings_of', 'write_report']
 
 # %% ../nbs/08_page.ipynb #a9890553
 import io
-import json
 import os
 import re
 import xml.etree.ElementTree as ET
@@ -34,6 +33,7 @@ from matplotlib.axes import Axes
 from .card import without_paths
 from .checkpoint import checkpoints
 from .config import PPOConfig
+from .data import parse_json, read_text
 from .diagnosis import RULES, Finding, diagnose
 from .report import PANELS, Chart, draw, plain
 from .trainer import PATHS
@@ -54,11 +54,6 @@ class Run(NamedTuple):
         "Every `PPOConfig` setting by name; empty where the run left none."
         return self.about.get("settings", {})
 
-def read_json(path: Path) -> dict:
-    "`ValueError` with the path if it is damaged."
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{path} is damaged: {e}") from None
-
 def described(about: dict) -> dict: # What run.json holds
     "The same without paths of the machine, as a page is there to be sent."
     return without_paths(about) if {"policy", "rewards"} <= {*about.get("model", {})} and "data" in about else about
@@ -66,7 +61,7 @@ def described(about: dict) -> dict: # What run.json holds
 def read_state(folder: Path) -> dict: # transformers' `TrainerState`
     "The newest state of a run; `ValueError` if there is none."
     found = [p for f in (folder, *checkpoints(folder)[-1:]) if (p := f/"trainer_state.json").exists()]
-    states = [s for s in map(read_json, found) if any("objective/scores" in e for e in s.get("log_history", []))]
+    states = [s for s in (parse_json(read_text(p), str(p)) for p in found) if any("objective/scores" in e for e in s.get("log_history", []))]
     if not states: raise ValueError(f"{folder} holds no run: there is no trainer_state.json with an update's scores in it or in its newest checkpoint")
     return max(states, key=lambda s: s["global_step"])
 
@@ -90,7 +85,7 @@ def read_run(output_dir: str | Path) -> Run:
     after = read_answers(files[-1]) if files else None
     before = next((a for a in map(read_answers, files[:-1]) if a.prompt.equals(after.prompt)), None)
     return Run(folder.resolve().name, state["log_history"], state["global_step"], state["max_steps"],
-               described(read_json(about)) if about else {}, before, None if before is None else after)
+               described(parse_json(read_text(about), str(about))) if about else {}, before, None if before is None else after)
 
 # %% ../nbs/08_page.ipynb #7785bd6e
 def number(x: float) -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['keep', 'masked_mean', 'masked_var', 'whiten', 'kl_penalty', 'token_rewards', 'RunningMoments', 'shape_scores', 'gae',
-           'policy_loss', 'importance_weights', 'value_loss', 'approx_kl', 'explained_variance', 'FixedKL',
+           'policy_loss', 'approx_kl', 'importance_weights', 'value_loss', 'explained_variance', 'FixedKL',
            'AdaptiveKL']
 
 # %% ../nbs/05_ppo.ipynb #186aa424
@@ -138,6 +138,14 @@ def policy_loss(logprobs: Tensor,     # Of the policy as it is, (B, T)
     if dual_clip is not None: loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
     return masked_mean(loss if weights is None else loss * keep(weights, mask), mask), masked_mean((loss != plain).float(), mask)
 
+def approx_kl(logprobs: Tensor,     # Of the policy as it is, (B, T)
+              old_logprobs: Tensor, # Of the policy that wrote the answer, (B, T)
+              mask: Tensor,         # (B, T)
+) -> Tensor:                        # Scalar, in nats per token
+    "How far the policy has moved within this update: half the mean squared log-ratio."
+    return 0.5 * masked_mean(keep(logprobs - old_logprobs, mask) ** 2, mask)
+
+# %% ../nbs/05_ppo.ipynb #14693727
 def importance_weights(logprobs: Tensor,          # Of the policy that learns, (B, T)
                        sampling_logprobs: Tensor, # Of what the tokens were drawn from, (B, T)
                        cap: float,                # A weight is at most this
@@ -145,6 +153,7 @@ def importance_weights(logprobs: Tensor,          # Of the policy that learns, (
     "How much more likely the learner finds each token, truncated (Espeholt et al. 2018, section 4.1)."
     return (logprobs - sampling_logprobs).exp().clamp(max=cap)
 
+# %% ../nbs/05_ppo.ipynb #8d3e7117
 def value_loss(values: Tensor,          # Of the critic as it is, (B, T)
                old_values: Tensor,      # When the answer was written, (B, T)
                returns: Tensor,         # (B, T)
@@ -158,13 +167,7 @@ def value_loss(values: Tensor,          # Of the critic as it is, (B, T)
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2
     return 0.5 * masked_mean(torch.maximum(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
 
-def approx_kl(logprobs: Tensor,     # Of the policy as it is, (B, T)
-              old_logprobs: Tensor, # Of the policy that wrote the answer, (B, T)
-              mask: Tensor,         # (B, T)
-) -> Tensor:                        # Scalar, in nats per token
-    "How far the policy has moved within this update: half the mean squared log-ratio."
-    return 0.5 * masked_mean(keep(logprobs - old_logprobs, mask) ** 2, mask)
-
+# %% ../nbs/05_ppo.ipynb #0f18d72c
 def explained_variance(values: Tensor,  # Of the critic when the answers were written, (B, T)
                        returns: Tensor, # (B, T)
                        mask: Tensor,    # (B, T)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['START', 'RUNS', 'TICK', 'GRACE', 'meet', 'several', 'kept_by_launcher', 'join', 'Lost', 'Elsewhere', 'status_of',
-           'from_exchange', 'first_to_say', 'until', 'one_voice', 'Note', 'machine', 'runs', 'pulse', 'Notes', 'Watch',
-           'Together']
+           'from_exchange', 'first_to_say', 'until', 'one_voice', 'Note', 'machine', 'runs', 'pulse', 'Notes',
+           'Absences', 'Watch', 'Ending', 'Together']
 
 # %% ../nbs/05_together.ipynb #c346027e
 import itertools
@@ -155,6 +155,9 @@ class Notes:
         "Where all are."
         return {r: json.loads(self.store.get(f"place {r}")) for r in range(self.world) if self.store.check([f"place {r}"])}
 
+# %% ../nbs/05_together.ipynb #e470afaa
+class Absences(Notes):
+    "Who is gone, and who is late."
     def gone(self, rank: int) -> Note:
         "For a process that has ended without a word."
         place = f" in {self.places()[rank][1]}" if rank in self.places() else ""
@@ -186,10 +189,11 @@ class Notes:
         self.failure = self.failure or Note(0, 1, f"Process 0 of {self.world} is gone: killed, perhaps for memory")
         self.known.set()
 
-# %% ../nbs/05_together.ipynb #e35417c5
-TICK, GRACE = .5, 30. # Seconds
+# %% ../nbs/05_together.ipynb #ee3a03ab
+TICK, GRACE = .5, 30. # Seconds between two looks; seconds to become free
 
-class Watch(Notes):
+# %% ../nbs/05_together.ipynb #e35417c5
+class Watch(Absences):
     "A thread that frees its process when another has failed."
     def start(self):
         self.free, self.done, self.noticed, self.lock, self.main = False, threading.Event(), threading.Event(), threading.Lock(), threading.current_thread()
@@ -240,15 +244,9 @@ class Watch(Notes):
         if not self.noticed.wait(GRACE): os._exit(self.failure.status)
 
 # %% ../nbs/05_together.ipynb #273b273e
-class Together(Watch):
-    "Around a run: it ends in all processes or in none."
+class Ending(Watch):
+    "What a process does at its end."
     saves = True # Does process 0 save a checkpoint when another one fails?
-
-    def __enter__(self):
-        if several() and dist.is_initialized():
-            self.open()
-            self.start()
-        return self
 
     def failed(self, e: BaseException):
         "Tell the others, unless they know; let go of them."
@@ -284,6 +282,15 @@ class Together(Watch):
         "All went well."
         self.store.set(f"left {self.rank}", "")
         if not self.rank and not kept_by_launcher(): self.wait_for_readers()
+
+# %% ../nbs/05_together.ipynb #bbc2ff5d
+class Together(Ending):
+    "Around a run: it ends in all processes or in none."
+    def __enter__(self):
+        if several() and dist.is_initialized():
+            self.open()
+            self.start()
+        return self
 
     def __exit__(self, _, e: BaseException | None, __):
         if self.store is None: return
