@@ -20,6 +20,7 @@ from statistics import mean
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
@@ -68,10 +69,11 @@ def summary_table(summary: dict, # From `summarise`
 class Chart(Figure):
     "A figure that a notebook shows by itself."
     def _repr_png_(self) -> bytes:
-        "The picture."
-        file = io.BytesIO()
-        self.savefig(file, format="png", dpi=90)
-        return file.getvalue()
+        "The picture, in 64 colours: a third of the bytes."
+        drawn, small = io.BytesIO(), io.BytesIO()
+        self.savefig(drawn, format="png", dpi=90)
+        Image.open(drawn).convert("RGB").quantize(64).save(small, format="png")
+        return small.getvalue()
 
 # %% ../nbs/08_report.ipynb #71cbb0bc
 PANELS = {"score": ("objective/scores", "eval/scores"), "true reward": ("rewards/true_reward", "eval/rewards/true_reward"),
