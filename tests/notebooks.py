@@ -12,12 +12,18 @@ ROOT = Path(__file__).parent.parent
 NOISE = re.compile(r"site-packages|it/s\]|ba/s\]|examples/s\]|update/s|\[transformers\]|^\s*$")
 
 
+def is_noise(output) -> bool:
+    "Other libraries' remarks, and windows onto servers that have ended."
+    if output.output_type == "stream": return output.name == "stderr" and bool(NOISE.search(output.text))
+    return "tensorboard-frame" in output.get("data", {}).get("text/html", "")
+
+
 def run(path: Path):
     "Execute one notebook from its own folder and save it."
     nb = nbformat.read(path, as_version=4)
     NotebookClient(nb, timeout=900, kernel_name="python3", resources=dict(metadata=dict(path=str(path.parent)))).execute()
     for cell in nb.cells:
-        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr" and NOISE.search(o.text))]
+        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if not is_noise(o)]
     nbformat.write(nb, path)
 
 

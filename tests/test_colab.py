@@ -53,7 +53,7 @@ def test_saved_outputs_say_where_they_come_from():
 
 def test_the_table_of_differences_is_what_was_measured():
     runs = json.loads((ROOT/"bench"/"original.json").read_text())
-    rows = re.findall(r"^\| [^|]*`([^`|]+)` \| ([\d.]+) \(([\d.]+), ([\d.]+)\) \| ([\d.]+) \|$", cell("bench/original.py"), re.M)
+    rows = re.findall(r"^\| [^|]*`([^`|]+)` \| ([\d.]+) \(([\d.]+), ([\d.]+)\) \| ([\d.-]+) \|$", cell("bench/original.py"), re.M)
     true = {name: [r["true"] for r in found] for name, found in runs.items()}
     assert rows == [(name, f"{mean(x):.2f}", f"{min(x):.2f}", f"{max(x):.2f}", f"{mean(r['kl'] for r in runs[name]):.1f}") for name, x in true.items()]
 
