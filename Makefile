@@ -3,7 +3,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PEER = runs/peer
 
-.PHONY: demo test test-slow bench docs notebooks readme clean
+.PHONY: demo test test-slow bench docs notebooks readme badges clean
 
 demo: $(READY)
 	$(BIN)/rlhf-nb demo $(ARGS)
@@ -41,6 +41,9 @@ notebooks: $(READY)
 
 readme: $(READY)
 	$(BIN)/python tests/readme.py
+
+badges: $(READY)
+	$(BIN)/python tests/colab.py
 
 $(READY): settings.ini setup.py constraints.txt
 	python3 -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
