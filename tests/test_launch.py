@@ -76,6 +76,15 @@ def same(two, one):
     assert json.loads((two/"run.json").read_text())["machine"]["processes"] == 2
 
 
+@pytest.fixture
+def own_signals():
+    "torch's launcher leaves its handlers in the process that called it."
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+    yield
+    for number, handler in before.items(): signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize("name", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_our_program_starts_processes(name, tiny, one, tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
