@@ -3,7 +3,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PEER = runs/peer
 
-.PHONY: demo test test-slow bench docs notebooks readme badges clean
+.PHONY: demo test test-slow test-lab bench docs notebooks readme badges clean
 
 demo: $(READY)
 	$(BIN)/rlhf-nb demo $(ARGS)
@@ -13,9 +13,16 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
-test-slow: $(READY)
+test-slow: $(VENV)/.lab
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --flags slow
 	$(BIN)/python -m pytest -q tests --slow
+
+test-lab: $(VENV)/.lab
+	$(BIN)/python -m pytest -q tests/test_lab.py --slow
+
+$(VENV)/.lab: $(READY) tests/lab.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -r tests/lab.txt
+	touch $@
 
 bench: $(READY) $(PEER)/.ready
 	$(BIN)/python bench/run.py runs/bench $(PEER)/bin/python bench/results.json $(ARGS)
