@@ -9,7 +9,7 @@ __all__ = ['logger', 'HELP_AT', 'CONFIGS', 'DEMO', 'COMMANDS', 'program_flags', 
            'tell_what_next', 'stop_if_told', 'train', 'DemoArguments', 'as_flags', 'demo_parser', 'demo_settings',
            'answers_to', 'demo', 'merge_parser', 'merge', 'chat_parser', 'chat', 'eval_parser', 'eval_',
            'PlanArguments', 'plan_parser', 'plan', 'ReportArguments', 'report_parser', 'report', 'completion_parser',
-           'completion', 'StandardError', 'quiet_libraries', 'tell_launcher', 'main']
+           'completion', 'Messages', 'quiet_libraries', 'tell_launcher', 'main']
 
 # %% ../nbs/10_cli.ipynb #b8c5ca0f
 import argparse
@@ -53,7 +53,7 @@ from .data import find_files, load_prompts
 from .models import check_model, load_device, load_policy, load_tokenizer, loading, merge_adapter, resolve_dtype, run_device
 from .page import write_report
 from .plan import GPUS, plan_text
-from .report import curves, samples_table, summarise, summary_table
+from .report import curves, in_notebook, samples_table, summarise, summary_table
 from .rewards import holds_rewards, load_reward_model
 from .rollout import Rollout
 from .tiny import CLINIC, PROMPT, accuracy, train_clinic, true_reward
@@ -457,17 +457,17 @@ def completion(argv: list[str]):
 COMMANDS = dict(train=(launching_parser, train), demo=(demo_parser, demo), plan=(plan_parser, plan), report=(report_parser, report),
                 chat=(chat_parser, chat), eval=(eval_parser, eval_), merge=(merge_parser, merge), completion=(completion_parser, completion))
 
-class StandardError(logging.StreamHandler):
-    "Lines to what is standard error now: a live block puts them above itself."
+class Messages(logging.StreamHandler):
+    "Lines to what is standard error now, where a live block puts them above itself; in a notebook, which shows that as a fault, to standard output."
     @property
-    def stream(self): return sys.stderr
+    def stream(self): return sys.stdout if in_notebook() else sys.stderr
 
     @stream.setter
     def stream(self, _): pass
 
 def quiet_libraries(quiet: bool = False): # Warnings only
     "Our own lines, without the loading bars of others."
-    logging.basicConfig(format="%(message)s", handlers=[StandardError()])
+    logging.basicConfig(format="%(message)s", handlers=[Messages()])
     logging.getLogger("rlhf_nb").setLevel(logging.WARNING if quiet else logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.disable_progress_bar()

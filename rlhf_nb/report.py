@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'PANELS', 'SHOWN', 'plain', 'samples_table', 'summarise', 'summary_table', 'Chart', 'draw', 'curves',
-           'so_far', 'View', 'Lines', 'sparkline', 'Block', 'shown', 'Page', 'answers_html', 'Notebook', 'make_view']
+           'so_far', 'View', 'Lines', 'sparkline', 'Block', 'shown', 'Page', 'table_html', 'Notebook', 'in_notebook',
+           'make_view']
 
 # %% ../nbs/08_report.ipynb #8101e3d7
 import base64
@@ -213,14 +214,15 @@ class Page:
         chart = curves(state.log_history, self.view.target)._repr_png_() if state.log_history else b""
         picture = f'<img style="max-width:100%" alt="Curves of the run" src="data:image/png;base64,{base64.b64encode(chart).decode()}">' if chart else ""
         bar = f'<progress value="{state.global_step}" max="{state.max_steps}" style="width:18em"></progress> {html.escape(self.view.where)}'
-        table = "" if answers is None else answers_html(answers)
+        table = "" if answers is None else table_html(pd.DataFrame(shown(answers)))
         return f"<div>{bar}</div>{picture}{table}"
 
-def answers_html(answers: pd.DataFrame) -> str: # From `logs.answers_table`
-    "The newest answers, for a notebook."
-    table = pd.DataFrame(shown(answers)).map(lambda x: plain(x, 400) if isinstance(x, str) else x)
-    left = [dict(selector="th, td", props="text-align: left; vertical-align: top")]
-    return table.style.hide(axis="index").format(precision=2, escape="html").set_table_styles(left).to_html()
+def table_html(table: pd.DataFrame,          # Texts and numbers
+               caption: str | None = None) -> str:
+    "For a notebook: styles stand in the cells, since a page that is not trusted loses its style sheet."
+    page = table.map(lambda x: plain(x, 400) if isinstance(x, str) else x).style.hide(axis="index")
+    text = page.format(precision=2, escape="html").to_html(caption=caption, exclude_styles=True)
+    return re.sub(r"<t([hd])(?= )", r'<t\1 style="text-align: left; vertical-align: top; white-space: pre-wrap"', text)
 
 class Notebook(View):
     "A page that is replaced in place."
@@ -244,12 +246,16 @@ class Notebook(View):
         self.due = time.monotonic() + max(.5, 20 * (time.monotonic() - start))
 
 # %% ../nbs/08_report.ipynb #091970c1
+def in_notebook() -> bool:
+    "Is this a notebook's kernel?"
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")
+
 def make_view(answers: Callable[[], pd.DataFrame | None], # The newest
               quiet: bool = False,
 ) -> View:
     "A page in a notebook, a block in a terminal, lines elsewhere."
     if quiet: return View(answers)
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if hasattr(shell, "kernel"): return Notebook(answers)
+    if in_notebook(): return Notebook(answers)
     console = Console(stderr=True)
     return Block(answers, console) if console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf") else Lines(answers)

@@ -39,7 +39,7 @@ def test_the_project_has_one_address():
 
 def test_the_settings_are_the_originals():
     here = {}
-    exec(cell("ORIGINAL = dict(").split("TINY = ")[0], here)
+    exec(cell("ORIGINAL = FOLDERS").split("TINY = ")[0], here)
     flags = re.findall(r"--(\w+)(?: (?!--)(\S+))?", ORIGINAL)
     said = {name: value or "True" for name, value in flags if "{" not in value}
     assert len(said) == 16 and {name: str(here["ORIGINAL"][name]) for name in said} == said | dict(learning_rate="1e-05")
@@ -49,6 +49,7 @@ def test_the_settings_are_the_originals():
 def test_saved_outputs_say_where_they_come_from():
     outputs = [str(o) for c in read(RUN).cells if c.cell_type == "code" for o in c.outputs]
     assert sum("tiny world, CPU" in o for o in outputs) >= 10 and any("not measured on a GPU" in o for o in outputs)
+    assert not any("Traceback" in o for o in outputs)
 
 
 def test_the_table_of_differences_is_what_was_measured():
