@@ -21,7 +21,7 @@ IDLE = "#jp-main-statusbar :text('(ipykernel) | Idle')"
 PROMPTS = ".jp-CodeCell .jp-InputPrompt" # [ ]: at first and after an error, [*]: running or waiting, [1]: done
 DONE = "prompts => { const p = [...document.querySelectorAll(prompts)].map(x => x.innerText); return p[0] != '[ ]:' && !p.includes('[*]:') }"
 HEIGHT = "x => window.innerHeight + x.scrollHeight - x.clientHeight" # Of a window that shows all of an element that scrolls
-UNWANTED = ["\x1b", "[0m", "Error displaying widget", "Loading widget", "IProgress not found", "Javascript Error"]
+UNWANTED = ["\x1b", "[0m", "Error displaying widget", "Loading widget", "IProgress not found", "Javascript Error", "Traceback"]
 
 
 @pytest.fixture
