@@ -8,6 +8,7 @@ __all__ = ['STATE', 'MANIFEST', 'PICKLES', 'logger', 'pack', 'unpack', 'random_s
            'keep_newest', 'differences', 'check_same', 'check_output_dir']
 
 # %% ../nbs/07_checkpoint.ipynb #0ea84037
+import errno
 import hashlib
 import json
 import logging
@@ -96,10 +97,12 @@ def damage(folder: str | Path) -> str | None: # None: it is whole
 
 # %% ../nbs/07_checkpoint.ipynb #2c087a1c
 def flush(*paths: Path): # Written to the disk: a file's contents, a folder's names
-    "Have the operating system write what it still holds back."
+    "Have the operating system write what it still holds back; network file systems keep no folders back."
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         try: os.fsync(fd)
+        except OSError as e:
+            if not path.is_dir() or e.errno != errno.EINVAL: raise
         finally: os.close(fd)
 
 def discard(path: Path): # A folder

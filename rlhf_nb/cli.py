@@ -467,7 +467,7 @@ class Messages(logging.StreamHandler):
 
 def quiet_libraries(quiet: bool = False): # Warnings only
     "Our own lines, without the loading bars of others."
-    logging.basicConfig(format="%(message)s", handlers=[Messages()])
+    logging.basicConfig(format="%(message)s", handlers=[Messages()], force=in_notebook())
     logging.getLogger("rlhf_nb").setLevel(logging.WARNING if quiet else logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.disable_progress_bar()

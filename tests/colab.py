@@ -12,37 +12,60 @@ ROOT = Path(__file__).parent.parent
 parser = ConfigParser(delimiters=["="])
 parser.read(ROOT/"settings.ini", encoding="utf-8")
 SETTINGS = parser["DEFAULT"]
-URL, BRANCH = SETTINGS["git_url"], SETTINGS["branch"]
+URL, BRANCH, REPO = SETTINGS["git_url"], SETTINGS["branch"], SETTINGS["repo"]
 PICTURE = "https://colab.research.google.com/assets/colab-badge.svg"
-ADDRESS = re.compile(rf"https://github\.com/[\w.-]+/{SETTINGS['repo']}(?![\w-])")
-SET_UP = f"""#| hide
+ADDRESS = re.compile(rf"(https://(?:colab\.research\.google\.com/)?github(?:\.com)?)/[\w.-]+/{REPO}(?![\w-])")
+RUN = "13_colab_t4"
+INSTALL = f"""import importlib.metadata
 import importlib.util
-import os
+import sys
 
-if importlib.util.find_spec("rlhf_nb") is None:
-    !git clone -q --depth 1 --branch {BRANCH} {URL}
-    %pip install -q "./{SETTINGS['repo']}[dev]"
-if os.path.isdir("{SETTINGS['repo']}/nbs"): os.chdir("{SETTINGS['repo']}/nbs")"""
+found = importlib.util.find_spec("rlhf_nb")
+if found is None or found.origin is None:
+    keep = "torch", "torchvision", "torchaudio", "numpy", "pandas"
+    with open("keep.txt", "w") as file:
+        for d in importlib.metadata.distributions():
+            if d.name in keep: print(f"{{d.name}}=={{d.version}}", file=file)
+    %pip install -q -c keep.txt "TARGET"
+    %pip uninstall -q -y torchao
+    if "pyarrow" in sys.modules and sys.modules["pyarrow"].__version__ != importlib.metadata.version("pyarrow"):
+        print("运行时重启，请再点一次“全部运行” · The runtime restarts: press Run all again")
+        get_ipython().kernel.do_shutdown(True)"""
+CLONE = f"""
+    if not os.path.isdir("{REPO}"):
+        !git clone -q --depth 1 --branch {BRANCH} {URL}"""
+FOR_RUN = INSTALL.replace("TARGET", f"{REPO}[bnb] @ git+{URL}")
+FOR_OTHERS = f"""#| hide
+import os
+{INSTALL.replace('TARGET', f'./{REPO}[dev]').replace("origin is None:", f"origin is None:{CLONE}")}
+if os.path.isdir("{REPO}/nbs"): os.chdir("{REPO}/nbs")"""
 
 
 def badge(name: str) -> str:
     "Leads to the notebook; the index leads to the run."
-    page = "13_colab_t4" if name == "index" else name
-    return f"[![Open in Colab]({PICTURE})](https://colab.research.google.com/github{urlparse(URL).path}/blob/{BRANCH}/nbs/{page}.ipynb)"
+    at = f"{urlparse(URL).path}/blob/{BRANCH}/nbs/{RUN if name == 'index' else name}.ipynb"
+    return f"[![Open in Colab]({PICTURE})](https://colab.research.google.com/github{at})"
+
+
+def addressed(text: str) -> str:
+    "With the project's address of today."
+    return ADDRESS.sub(rf"\1{urlparse(URL).path}", text)
 
 
 def ready_for_colab(nb: NotebookNode, name: str) -> NotebookNode:
-    "The same with badge and set-up behind the title; the Colab run has a set-up of its own, and where there is no code, none is needed."
-    ours = lambda c: PICTURE in c.source or c.source.startswith("#| hide") and "git clone" in c.source
-    title, *rest = [c for c in nb.cells if not ours(c)]
-    needed = any(c.cell_type == "code" for c in rest) and name not in ("index", "13_colab_t4")
-    added = [new_markdown_cell(badge(name), id="badge")] + [new_code_cell(SET_UP, id="setup")] * needed
-    nb.cells = [title, *added, *rest]
-    for cell in nb.cells: cell.source = ADDRESS.sub(URL, cell.source)
+    "The same with badge and set-up behind the title; the run asks for a T4, and where there is no code, no set-up is needed."
+    is_set_up = lambda c: "%pip install -q -c keep.txt" in c.source
+    title, *rest = [c for c in nb.cells if PICTURE not in c.source and (name == RUN or not is_set_up(c))]
+    hidden = any(c.cell_type == "code" for c in rest) and name not in ("index", RUN)
+    nb.cells = [title, new_markdown_cell(badge(name), id="badge"), *[new_code_cell(FOR_OTHERS, id="setup")] * hidden, *rest]
+    for cell in nb.cells: cell.source = addressed(cell.source)
+    if name == RUN:
+        next(filter(is_set_up, nb.cells)).source = FOR_RUN
+        nb.metadata |= dict(accelerator="GPU", colab=dict(gpuType="T4"))
     return nb
 
 
 if __name__ == "__main__":
     for path in sorted((ROOT/"nbs").glob("*.ipynb")): nbformat.write(ready_for_colab(nbformat.read(path, as_version=4), path.stem), path)
     path = ROOT/"README_zh.md"
-    path.write_text(ADDRESS.sub(URL, path.read_text(encoding="utf-8")), encoding="utf-8")
+    path.write_text(addressed(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -4,17 +4,21 @@ import os
 import re
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from statistics import mean
 
 import nbformat
 import pytest
-from colab import ADDRESS, BRANCH, URL, badge, ready_for_colab
+import torch
+from colab import ADDRESS, BRANCH, FOR_OTHERS, FOR_RUN, URL, badge, ready_for_colab
+from colab import RUN as NAME
 from conftest import ROOT
+from jupyter_client import KernelManager
 from test_cli import ORIGINAL
 
-RUN = ROOT/"nbs"/"13_colab_t4.ipynb"
+RUN = ROOT/"nbs"/f"{NAME}.ipynb"
 read = lambda path: nbformat.read(path, as_version=4)
 CELLS = [c.source for c in read(RUN).cells]
 cell = lambda text: next(c for c in CELLS if text in c)
@@ -23,7 +27,7 @@ cell = lambda text: next(c for c in CELLS if text in c)
 @pytest.mark.parametrize("path", sorted((ROOT/"nbs").glob("*.ipynb")), ids=lambda p: p.name)
 def test_badge_and_set_up(path):
     nb = read(path)
-    assert nb.cells == ready_for_colab(read(path), path.stem).cells, "python tests/colab.py"
+    assert nb == ready_for_colab(read(path), path.stem), "make badges"
     assert f"{URL.removeprefix('https://github.com')}/blob/{BRANCH}/nbs/" in nb.cells[1].source
 
 
@@ -33,8 +37,8 @@ def test_a_badge_leads_to_its_notebook():
 
 def test_the_project_has_one_address():
     files = subprocess.run(["git", "ls-files", "*.ipynb", "*.md", "*.py", "*.ini"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    found = {m for name in files for m in ADDRESS.findall((ROOT/name).read_text(encoding="utf-8"))}
-    assert found == {URL}
+    found = {m[0].removeprefix(m[1]) for name in files for m in ADDRESS.finditer((ROOT/name).read_text(encoding="utf-8"))}
+    assert found == {URL.removeprefix("https://github.com")}
 
 
 def test_the_settings_are_the_originals():
@@ -54,9 +58,9 @@ def test_saved_outputs_say_where_they_come_from():
 
 def test_the_table_of_differences_is_what_was_measured():
     runs = json.loads((ROOT/"bench"/"original.json").read_text())
-    rows = re.findall(r"^\| [^|]*`([^`|]+)` \| ([\d.]+) \(([\d.]+), ([\d.]+)\) \| ([\d.-]+) \|$", cell("bench/original.py"), re.M)
-    true = {name: [r["true"] for r in found] for name, found in runs.items()}
-    assert rows == [(name, f"{mean(x):.2f}", f"{min(x):.2f}", f"{max(x):.2f}", f"{mean(r['kl'] for r in runs[name]):.1f}") for name, x in true.items()]
+    rows = re.findall(r"^\| [^|]*`([^`|]+)` \| ([^|]+) \| ([^|]+) \|$", cell("bench/original.py"), re.M)
+    told = lambda x, n: f"{mean(x):.{n}f} ({min(x):.{n}f}, {max(x):.{n}f})"
+    assert rows == [(name, told([r["true"] for r in found], 2), told([r["kl"] for r in found], 1)) for name, found in runs.items()]
 
 
 def test_drive_and_download(monkeypatch, tmp_path):
@@ -67,8 +71,8 @@ def test_drive_and_download(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("outputs-rl-v1").mkdir()
     monkeypatch.setattr(os, "chdir", lambda to: said.append(("chdir", to)))
-    exec(cell("save_to_drive = False").replace("= False", "= True"), dict(os=os))
-    exec("import shutil; from pathlib import Path; size = lambda path: 0\n" + cell("download = False").replace("= False", "= True"), {})
+    for on_gpu in (False, True): exec(cell("save_to_drive = False").replace("= False", "= True"), dict(os=os, on_gpu=on_gpu))
+    exec("import shutil; from pathlib import Path; size = lambda path: 0; out = 'outputs-rl-v1'\n" + cell("download = False").replace("= False", "= True"), {})
     assert said == [("mount", "/content/drive"), ("chdir", "/content/drive/MyDrive"), ("download", "outputs-rl-v1.zip")]
 
 
@@ -92,15 +96,71 @@ def test_the_gpu_measurement_runs(tmp_path):
     assert found["updates"] == 2 and set(found["seconds"]) == {"rollout", "score", "step"} and found["hundred_updates"] > 0
 
 
+def test_run_all_goes_on_where_there_is_a_whole_checkpoint(monkeypatch, tmp_path):
+    from rlhf_nb.checkpoint import checkpoints, damage, write_checkpoint
+    from rlhf_nb.cli import DEMO
+    monkeypatch.chdir(tmp_path)
+    def resumes(start_afresh=False):
+        here = dict(on_gpu=False, DEMO=DEMO, checkpoints=checkpoints, damage=damage)
+        exec(cell("ORIGINAL = FOLDERS").replace("start_afresh = False", f"start_afresh = {start_afresh}"), here)
+        assert here["settings"]["overwrite_output_dir"] != here["settings"]["resume_from_checkpoint"]
+        return here["settings"]["resume_from_checkpoint"]
+    assert not resumes()
+    Path("outputs-rl-v1/checkpoint-50").mkdir(parents=True)
+    assert not resumes(), "cut short by a disconnect"
+    write_checkpoint("outputs-rl-v1/checkpoint-50", {}, lambda path: None)
+    assert resumes() and not resumes(start_afresh=True)
+
+
+COLAB = ["ipykernel", "pandas==2.2.2", "numpy==2.0.2", "pyarrow==18.1.0", "torchao==0.10.0", f"torch=={torch.__version__.split('+')[0]}"]
+BEGIN = "import logging, pandas; logging.getLogger().addHandler(logging.StreamHandler())" # What Colab's kernel has done before the first cell
+
+
+@pytest.fixture(scope="module")
+def blank(tmp_path_factory):
+    "Runs cells in new kernels of an environment like Colab's, where the project's address is this checkout; what they print, and whether the kernel lives."
+    folder = tmp_path_factory.mktemp("blank")
+    python = folder/"venv"/"bin"/"python"
+    for command in ([sys.executable, "-m", "venv", folder/"venv"], [python, "-m", "pip", "install", "-q", *COLAB]): subprocess.run(command, check=True)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(
+        PATH=f"{python.parent}:{os.environ['PATH']}", GIT_CONFIG_COUNT="1", GIT_CONFIG_KEY_0=f"url.file://{ROOT}.insteadOf", GIT_CONFIG_VALUE_0=URL)
+
+    def run(*cells):
+        manager = KernelManager()
+        manager.kernel_spec.argv[0] = str(python)
+        manager.start_kernel(env=env, cwd=folder)
+        client, said = manager.blocking_client(), []
+        client.start_channels()
+        try:
+            client.wait_for_ready(60)
+            for source in (BEGIN, *cells):
+                reply = client.execute_interactive(source, timeout=600, output_hook=lambda m: said.append(str(m["content"])))
+                assert reply["content"]["status"] == "ok", "".join(said)
+            end = time.monotonic() + 5
+            while manager.is_alive() and time.monotonic() < end: time.sleep(.2)
+            return "".join(said), manager.is_alive()
+        finally:
+            client.stop_channels()
+            if manager.is_alive(): manager.shutdown_kernel(now=True)
+    return run, lambda: subprocess.run([python, "-m", "pip", "freeze"], capture_output=True, text=True).stdout, lambda: subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", "rlhf_nb"], check=True)
+
+
 @pytest.mark.slow
-def test_a_blank_runtime(tmp_path):
-    "A new environment with torch and a kernel, where the project's address is this checkout: Run all, first cells."
-    python, torch = tmp_path/"venv"/"bin"/"python", "torch==2.13.0"
-    for command in ([sys.executable, "-m", "venv", tmp_path/"venv"], [python, "-m", "pip", "install", "-q", torch, "ipython"]): subprocess.run(command, check=True)
-    code = "\n".join(["from IPython.core.interactiveshell import InteractiveShell", "shell = InteractiveShell.instance()",
-                      *(f"shell.run_cell({c!r}).raise_error()" for c in CELLS[:12] if c.startswith(("import importlib", "#| hide\nimport gc", "on_gpu")))])
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(GIT_CONFIG_COUNT="1", GIT_CONFIG_KEY_0=f"url.file://{ROOT}.insteadOf", GIT_CONFIG_VALUE_0=URL)
-    run = subprocess.run([python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert run.returncode == 0 and "tiny world, CPU" in run.stdout, run.stdout + run.stderr
-    versions = subprocess.run([python, "-m", "pip", "freeze"], capture_output=True, text=True).stdout
-    assert torch in (tmp_path/"keep.txt").read_text() and torch in versions and "rlhf_nb @ git+https://" in versions
+def test_a_blank_runtime_restarts_once_and_trains(blank):
+    run, freeze, _ = blank
+    said, lives = run(FOR_RUN)
+    assert "press Run all again" in said and not lives
+    assert all(text in freeze() for text in (COLAB[-1], COLAB[1], "rlhf_nb @ git+https://")) and "torchao" not in freeze()
+    until = next(i for i, c in enumerate(CELLS) if "trainer = make_trainer(" in c)
+    code = [c.source for c in read(RUN).cells[:until + 1] if c.cell_type == "code" and "plan(" not in c.source]
+    said, lives = run(*code, "trainer.args.max_steps = trainer.state.max_steps = 1; trainer.train()")
+    assert lives and "tiny world, CPU" in said and "update 1/1" in said and "stderr" not in said
+
+
+@pytest.mark.slow
+def test_a_blank_runtime_for_the_other_notebooks(blank):
+    run, _, uninstall = blank
+    uninstall()
+    said, _ = run(FOR_OTHERS)
+    said, lives = run(FOR_OTHERS, "import os, rlhf_nb, fastcore.test; print(sorted(os.listdir('../bench'))[0], os.path.basename(os.getcwd()))")
+    assert lives and "models.py nbs" in said
