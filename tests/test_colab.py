@@ -16,6 +16,7 @@ from colab import ADDRESS, BRANCH, FOR_OTHERS, FOR_RUN, URL, badge, ready_for_co
 from colab import RUN as NAME
 from conftest import ROOT
 from jupyter_client import KernelManager
+from nbclient import NotebookClient
 from test_cli import ORIGINAL
 
 RUN = ROOT/"nbs"/f"{NAME}.ipynb"
@@ -110,6 +111,34 @@ def test_run_all_goes_on_where_there_is_a_whole_checkpoint(monkeypatch, tmp_path
     assert not resumes(), "cut short by a disconnect"
     write_checkpoint("outputs-rl-v1/checkpoint-50", {}, lambda path: None)
     assert resumes() and not resumes(start_afresh=True)
+
+
+STAND_IN = """from types import SimpleNamespace
+from datasets import Dataset
+from rlhf_nb.tiny import save_tiny, shipped_rows
+save_tiny(".")
+torch.cuda.get_device_name, torch.cuda.get_device_properties = lambda: "stand-in", lambda i: SimpleNamespace(total_memory=16e9)
+torch.cuda.memory_reserved = torch.cuda.max_memory_reserved = torch.cuda.reset_peak_memory_stats = lambda: 10**9
+load_dataset = lambda name, split: Dataset.from_list([row | dict(instruction=f"{row['instruction']} {i}") for row in shipped_rows() for i in range(20)])
+"""
+SMALL = {"on_gpu = torch.cuda.is_available()": STAND_IN + "on_gpu = True", "bigscience/bloomz-560m": "policy", "OpenAssistant/reward-model-deberta-v3-large-v2": "reward",
+         '"float16"': '"float32"', "max_steps=100": "max_steps=2", "save_steps=50": "save_steps=1", "max_target_length=256": "max_target_length=8", "Qwen/Qwen3-0.6B": "policy",
+         'prompt_template="chat"': 'prompt_template="alpaca"', "1024 if on_gpu": "16 if on_gpu", 'variant("8bit", load_in_8bit=True)': "None"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ticked", [False, True])
+def test_what_a_gpu_would_run(ticked, tmp_path):
+    "The cells as they are on a GPU, with small models, and stand-ins for the hub's data and the GPU's figures."
+    nb = read(RUN)
+    for old, new in (SMALL | {"train_variants = False": f"train_variants = {ticked}"}).items():
+        assert any(old in c.source for c in nb.cells)
+        for c in nb.cells: c.source = c.source.replace(old, new)
+    NotebookClient(nb, timeout=300, kernel_name="python3", resources=dict(metadata=dict(path=str(tmp_path)))).execute()
+    said = "".join(str(c.outputs) for c in nb.cells if c.cell_type == "code")
+    assert "not measured on a GPU" not in said and "tiny world" not in said and "997 prompts" in said and "Memory on" in said
+    assert all((tmp_path/name).is_dir() for name in ("outputs-rl-v1", "merged-rl"))
+    assert all((tmp_path/f"outputs-{name}").is_dir() == ticked for name in ("function", "qwen3", "long", "l4-a100"))
 
 
 COLAB = ["ipykernel", "pandas==2.2.2", "numpy==2.0.2", "pyarrow==18.1.0", "torchao==0.10.0", f"torch=={torch.__version__.split('+')[0]}"]
