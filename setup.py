@@ -3,7 +3,7 @@ from configparser import ConfigParser
 from pathlib import Path
 from setuptools import setup
 
-parser = ConfigParser(delimiters=["="], interpolation=None)
+parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 words = lambda key: cfg[key].split()
@@ -17,7 +17,7 @@ setup(
     keywords=cfg["keywords"],
     author=cfg["author"],
     author_email=cfg["author_email"],
-    url=f"https://github.com/{cfg['user']}/{cfg['repo']}",
+    url=cfg["git_url"],
     license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     install_requires=words("requirements"),

@@ -9,7 +9,6 @@ import types
 from pathlib import Path
 from statistics import mean
 
-import nbformat
 import pytest
 import torch
 from colab import ADDRESS, BRANCH, FOR_OTHERS, FOR_RUN, URL, badge, ready_for_colab
@@ -18,14 +17,14 @@ from conftest import ROOT
 from jupyter_client import KernelManager
 from nbclient import NotebookClient
 from test_cli import ORIGINAL
+from test_docs import NOTEBOOKS, read
 
 RUN = ROOT/"nbs"/f"{NAME}.ipynb"
-read = lambda path: nbformat.read(path, as_version=4)
 CELLS = [c.source for c in read(RUN).cells]
 cell = lambda text: next(c for c in CELLS if text in c)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT/"nbs").glob("*.ipynb")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 def test_badge_and_set_up(path):
     nb = read(path)
     assert nb == ready_for_colab(read(path), path.stem), "make badges"
