@@ -97,7 +97,7 @@ def damage(folder: str | Path) -> str | None: # None: it is whole
 
 # %% ../nbs/07_checkpoint.ipynb #2c087a1c
 def flush(*paths: Path): # Written to the disk: a file's contents, a folder's names
-    "Have the operating system write what it still holds back; network file systems keep no folders back."
+    "Have the operating system write what it still holds back; of folders, where the file system can."
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         try: os.fsync(fd)

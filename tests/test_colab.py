@@ -97,11 +97,11 @@ def test_the_gpu_measurement_runs(tmp_path):
 
 
 def test_run_all_goes_on_where_there_is_a_whole_checkpoint(monkeypatch, tmp_path):
-    from rlhf_nb.checkpoint import checkpoints, damage, write_checkpoint
+    from rlhf_nb.checkpoint import find_checkpoint, write_checkpoint
     from rlhf_nb.cli import DEMO
     monkeypatch.chdir(tmp_path)
     def resumes(start_afresh=False):
-        here = dict(on_gpu=False, DEMO=DEMO, checkpoints=checkpoints, damage=damage)
+        here = dict(on_gpu=False, DEMO=DEMO, find_checkpoint=find_checkpoint)
         exec(cell("ORIGINAL = FOLDERS").replace("start_afresh = False", f"start_afresh = {start_afresh}"), here)
         assert here["settings"]["overwrite_output_dir"] != here["settings"]["resume_from_checkpoint"]
         return here["settings"]["resume_from_checkpoint"]
@@ -110,6 +110,8 @@ def test_run_all_goes_on_where_there_is_a_whole_checkpoint(monkeypatch, tmp_path
     assert not resumes(), "cut short by a disconnect"
     write_checkpoint("outputs-rl-v1/checkpoint-50", {}, lambda path: None)
     assert resumes() and not resumes(start_afresh=True)
+    Path("outputs-rl-v1/checkpoint-50").rename("outputs-rl-v1/tmp-checkpoint-50")
+    assert resumes(), "whole, but for its name"
 
 
 STAND_IN = """from types import SimpleNamespace
