@@ -9,6 +9,7 @@ demo: $(READY)
 	$(BIN)/rlhf-nb demo $(ARGS)
 
 test: $(READY)
+	$(BIN)/ruff check -q .
 	$(BIN)/python -m pytest -q tests/test_in_step.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests
@@ -44,13 +45,13 @@ $(VENV)/.docs: $(READY) docs/requirements.txt
 	touch $@
 
 notebooks: $(READY)
-	$(BIN)/python tests/notebooks.py $(ARGS)
+	$(BIN)/python tools/notebooks.py $(ARGS)
 
 readme: $(READY)
-	$(BIN)/python tests/readme.py
+	$(BIN)/python tools/readme.py
 
 badges: $(READY)
-	$(BIN)/python tests/colab.py
+	$(BIN)/python tools/badges.py
 
 $(READY): settings.ini setup.py constraints.txt
 	python3 -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'

@@ -1,4 +1,4 @@
-"""The original's run on one GPU: models of its shapes with random weights, float16, memory capped at 15 GiB: t4.py OUT.json [--steps 10]"""
+"""The original's run on one GPU: random models of its shapes, float16, at most 15 GiB: t4.py OUT.json [--steps 10]"""
 import argparse
 import json
 import tempfile
@@ -9,24 +9,50 @@ import torch
 from models import SHAPES, make
 
 from rlhf_nb.cli import as_flags, make_trainer, train_parser
-from rlhf_nb.plan import GPUS, plan
+from rlhf_nb.memory import GPUS, plan
 
 CAP = 15 * 2**30 # Bytes
 PHASES = "rollout", "score", "step"
 
 
+def settings_of(shape: str, steps: int, folder: Path) -> dict:
+    "The original's flags, with models and prompts from the folder."
+    s = SHAPES[shape]
+    return dict(
+        model_type="bloom",
+        model_name_or_path=folder/"policy",
+        reward_model_name_or_path=folder/"reward",
+        torch_dtype="float16" if torch.cuda.is_available() else "auto",
+        train_file_dir=folder/"prompts.jsonl",
+        validation_split_percentage=0,
+        batch_size=2,
+        max_source_length=s["prompt"],
+        max_target_length=s["response"],
+        min_target_length=s["response"],
+        lora_rank=8,
+        lora_alpha=16,
+        do_train=True,
+        max_steps=steps,
+        learning_rate=1e-5,
+        save_steps=0,
+        output_dir=folder/"out",
+        early_stopping=True,
+        target_kl=.1,
+        disable_tqdm=True,
+    )
+
+
 def measure(shape: str, steps: int, folder: Path) -> dict:
     "Weights, peak and seconds of an update; on a CPU only the seconds."
     make(shape, folder)
-    on_gpu, s = torch.cuda.is_available(), SHAPES[shape]
-    settings = dict(
-        model_type="bloom", model_name_or_path=folder/"policy", reward_model_name_or_path=folder/"reward", torch_dtype="float16" if on_gpu else "auto",
-        train_file_dir=folder/"prompts.jsonl", validation_split_percentage=0, batch_size=2, max_source_length=s["prompt"], max_target_length=s["response"],
-        min_target_length=s["response"], lora_rank=8, lora_alpha=16, do_train=True, max_steps=steps, learning_rate=1e-5, save_steps=0, output_dir=folder/"out",
-        early_stopping=True, target_kl=.1, disable_tqdm=True)
-    model_args, data_args, args, *_ = train_parser().read(as_flags(settings))
-    found = dict(device=torch.cuda.get_device_name() if on_gpu else "CPU", shape=shape, updates=steps, planned_peak=plan(model_args, args, GPUS["T4"]).peak)
-    if on_gpu: torch.cuda.set_per_process_memory_fraction(min(1, CAP / torch.cuda.get_device_properties(0).total_memory))
+    on_gpu = torch.cuda.is_available()
+    model_args, data_args, args, *_ = train_parser().read(as_flags(settings_of(shape, steps, folder)))
+    device = torch.cuda.get_device_name() if on_gpu else "CPU"
+    planned = plan(model_args, args, GPUS["T4"]).peak
+    found = dict(device=device, shape=shape, updates=steps, planned_peak=planned)
+    if on_gpu:
+        all_memory = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1, CAP / all_memory))
     trainer = make_trainer(model_args, data_args, args)
     if on_gpu: found |= dict(weights=torch.cuda.memory_allocated())
     trainer.train()

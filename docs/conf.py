@@ -25,7 +25,9 @@ author, copyright, release = settings["author"], settings["copyright"], settings
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.linkcode", "sphinx.ext.githubpages"]
 nb_execution_mode, nb_merge_streams = "off", True
 myst_enable_extensions = ["dollarmath", "amsmath"]
-myst_html_meta = dict(description=settings["description"], author=author, keywords=settings["keywords"].replace(" ", ", "))
+myst_heading_anchors = 3
+myst_html_meta = dict(
+    description=settings["description"], author=author, keywords=settings["keywords"].replace(" ", ", "))
 default_role = "py:obj"
 add_module_names = False
 autodoc_member_order = "bysource"
@@ -43,7 +45,8 @@ html_baseurl = settings["doc_host"] + settings["doc_baseurl"]
 html_static_path, html_css_files = ["static"], ["site.css"]
 html_copy_source = False
 html_search_language = "zh"  # English words, and Chinese ones
-SearchChinese.language_name = "English"  # Its stemmer; Sphinx 9.0 asks the browser for a Chinese one (sphinx-doc/sphinx#14229)
+# Its stemmer; Sphinx 9.0 asks the browser for a Chinese one (sphinx-doc/sphinx#14229)
+SearchChinese.language_name = "English"
 jieba.setLogLevel("WARNING")
 
 
@@ -55,22 +58,26 @@ def linkcode_resolve(domain: str, info: dict[str, str]) -> str:
 
 
 def docments(obj) -> list[str]: # A function, or a class with fields
-    "The comments beside parameters and result, as fields; one beside several of them is a note, as it does not say whose it is."
+    "Comments of parameters and result, as fields; that of several is a note, as it does not say whose it is."
     source = dedent(inspect.getsource(obj))
     node, = ast.parse(source).body
     said = {t.start[0]: t.string[1:].strip() for t in generate_tokens(StringIO(source).readline) if t.type == COMMENT}
-    if isinstance(node, ast.ClassDef): names = [(n.lineno, f"param {n.target.id}") for n in node.body if isinstance(n, ast.AnnAssign)]
+    if isinstance(node, ast.ClassDef):
+        names = [(n.lineno, f"param {n.target.id}") for n in node.body if isinstance(n, ast.AnnAssign)]
     else:
         args = [a for a in ast.walk(node.args) if isinstance(a, ast.arg) and a.arg != "self"]
-        names = [(a.lineno, f"param {a.arg}") for a in args] + ([(node.returns.lineno, "returns")] if node.returns else [])
+        names = [(a.lineno, f"param {a.arg}") for a in args]
+        if node.returns: names.append((node.returns.lineno, "returns"))
     lines = [line for line, _ in names]
-    return list(dict.fromkeys(f":{name if lines.count(line) == 1 else 'note'}: {said[line]}" for line, name in names if line in said))
+    found = [f":{name if lines.count(line) == 1 else 'note'}: {said[line]}" for line, name in names if line in said]
+    return list(dict.fromkeys(found))
 
 
 def settings_of(obj) -> list[str]: # A dataclass
-    "The help text and the limit of each setting."
-    limits = {f.name: f"; {m[2]}" for f in fields(obj) if (m := LIMITED.search(str(f.type)))}
-    return [f":param {f.name}: {f.metadata['help']}{limits.get(f.name, '')}" for f in fields(obj) if "help" in f.metadata]
+    "The help text and the limit of each setting of its own; the page of settings has the inherited ones."
+    own = [f for f in fields(obj) if f.name in obj.__annotations__ and "help" in f.metadata]
+    limits = {f.name: f"; {m[2]}" for f in own if (m := LIMITED.search(str(f.type)))}
+    return [f":param {f.name}: {f.metadata['help']}{limits.get(f.name, '')}" for f in own]
 
 
 def add_docments(app, what, name, obj, options, lines: list[str]):
@@ -80,17 +87,25 @@ def add_docments(app, what, name, obj, options, lines: list[str]):
         if bases: lines += ["Bases: " + ", ".join(bases), ""]
         if not is_dataclass(obj) and not hasattr(obj, "_fields"): obj = obj.__init__
     elif what not in ("function", "method"): return
-    if getattr(obj, "__module__", "").startswith(PACKAGE): lines += docments(obj) + (settings_of(obj) if is_dataclass(obj) else [])
+    if not getattr(obj, "__module__", "").startswith(PACKAGE): return
+    lines += docments(obj)
+    if is_dataclass(obj): lines += settings_of(obj)
 
 
-def plain_types(app, what, name, obj, options, signature: str | None, returns: str | None) -> tuple[str | None, str | None]:
-    "A setting's type without its limit, which stands below."
+def escape_underscores(app, what, name, obj, options, lines: list[str]):
+    "A word that ends with one, like eval_, is no reference."
+    lines[:] = [re.sub(r"(?<=\w)_(?!\w)", r"\_", line) for line in lines]
+
+
+def plain_types(app, what, name, obj, options, signature: str | None, returns: str | None):
+    "A setting's type without its limit, which comes below."
     return LIMITED.sub(r"\1", signature or "") or signature, returns
 
 
 def skip_foreign(app, what, name, obj, skip, options) -> bool | None:
-    "Leave out what another package put into a class, and a named tuple's fields: they stand below its docstring."
-    return None if getattr(obj, "__module__", PACKAGE).startswith(PACKAGE) and type(obj).__name__ != "_tuplegetter" else True
+    "Leave out what another package put into a class, and a named tuple's fields: they are below its docstring."
+    foreign = not getattr(obj, "__module__", PACKAGE).startswith(PACKAGE)
+    return True if foreign or type(obj).__name__ == "_tuplegetter" else None
 
 
 def no_source(app, page: str, template, context: dict, doctree):
@@ -100,6 +115,7 @@ def no_source(app, page: str, template, context: dict, doctree):
 
 def setup(app):
     app.connect("autodoc-process-docstring", add_docments)
+    app.connect("autodoc-process-docstring", escape_underscores)
     app.connect("autodoc-process-signature", plain_types)
     app.connect("autodoc-skip-member", skip_foreign)
     app.connect("html-page-context", no_source)

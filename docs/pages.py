@@ -1,4 +1,4 @@
-"""Writes the sources of the site: the notebooks as a reader wants them, and a page per module: python docs/pages.py FOLDER"""
+"""Writes the sources of the site: notebooks, tables, a page per module: python docs/pages.py FOLDER"""
 import re
 import shutil
 import sys
@@ -6,9 +6,19 @@ from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+from settings import settings_table
 
-ROOT = Path(__file__).parent.parent
+from rlhf_nb.metrics import metrics_table
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
 NBS = ROOT/"nbs"
+HIDDEN = re.compile(r"#\| hide|#\| eval: false\n!")
+METRICS = """# Metrics
+
+What a run logs: the keys of `trainer.state.log_history`, and of TensorBoard, wandb and trackio. The names are TRL's
+where TRL has the number. Evaluations log with the prefix `eval_`.
+"""
 API = """# rlhf_nb.{module}
 
 ```{{eval-rst}}
@@ -18,17 +28,36 @@ API = """# rlhf_nb.{module}
 """
 
 
-def book() -> dict[str, str]: # Notebook to its module, "" if it has none
-    "The chapters, in the order of the table in the index."
-    text = "\n".join(c.source for c in nbformat.read(NBS/"index.ipynb", as_version=4).cells)
-    return dict(re.findall(r"^\| \[\w+\]\((\w+)\.ipynb\) \| (?:`(\w+)`)?", text, re.M))
+def read(path: Path) -> NotebookNode:
+    "A notebook."
+    return nbformat.read(path, as_version=4)
+
+
+def exported(nb: NotebookNode) -> str: # Empty if there is none
+    "The module that a notebook exports."
+    found = [re.match(r"#\| default_exp (\w+)", cell.source) for cell in nb.cells]
+    return next((match[1] for match in found if match), "")
+
+
+def book() -> dict[str, str]: # Notebook to its module, or an empty text
+    "The chapters, in reading order."
+    paths = sorted(NBS.glob("*.ipynb"))
+    return {path.stem: exported(read(path)) for path in paths if path.stem != "index"}
+
+
+def modules() -> list[str]:
+    "The chapters' modules, then the plain ones."
+    chapters = [module for module in book().values() if module]
+    plain = [path.stem for path in sorted((ROOT/"rlhf_nb").glob("*.py")) if not path.stem.startswith("_")]
+    return chapters + [module for module in plain if module not in chapters]
 
 
 def readable(nb: NotebookNode) -> NotebookNode:
-    "The same without hidden cells and without nbdev's directives."
-    nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
+    "The same without hidden cells, Colab's set-up and nbdev's directives."
+    nb.cells = [c for c in nb.cells if not HIDDEN.match(c.source)]
     for cell in nb.cells:
         if cell.cell_type == "code": cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+        else: cell.source = re.sub(r"\]\(#[^)]+\)", lambda link: link[0].lower(), cell.source) # As Sphinx writes them
     nb.cells = [c for c in nb.cells if c.source.strip()]
     return nb
 
@@ -41,16 +70,18 @@ def contents(caption: str, pages: list[str]) -> str:
 def write(folder: Path):
     "The sources, for Sphinx."
     (folder/"api").mkdir(parents=True)
-    chapters = book()
-    modules = [m for m in chapters.values() if m]
-    for name in ["index", *chapters]:
-        nb = readable(nbformat.read(NBS/f"{name}.ipynb", as_version=4))
-        if name == "index":
-            parts = contents("The book", list(chapters)), contents("API", [f"api/{m}" for m in modules])
-            nb.cells.append(nbformat.v4.new_markdown_cell("\n\n".join(parts)))
-        nbformat.write(nb, folder/f"{name}.ipynb")
+    tables = dict(settings=settings_table(), metrics=f"{METRICS}\n{metrics_table()}\n")
+    for name in book(): nbformat.write(readable(read(NBS/f"{name}.ipynb")), folder/f"{name}.ipynb")
+    index = readable(read(NBS/"index.ipynb"))
+    api = [f"api/{module}" for module in modules()]
+    parts = contents("The book", list(book())), contents("Reference", ["features", *tables, *api])
+    index.cells.append(nbformat.v4.new_markdown_cell("\n\n".join(parts)))
+    nbformat.write(index, folder/"index.ipynb")
+    for name, text in tables.items(): (folder/f"{name}.md").write_text(text, encoding="utf-8")
+    for module in modules():
+        (folder/"api"/f"{module}.md").write_text(API.format(module=module), encoding="utf-8")
+    shutil.copy(DOCS/"features.md", folder)
     for picture in NBS.glob("*.png"): shutil.copy(picture, folder)
-    for module in modules: (folder/"api"/f"{module}.md").write_text(API.format(module=module), encoding="utf-8")
 
 
 if __name__ == "__main__": write(Path(sys.argv[1]))

@@ -28,17 +28,19 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     "A policy and a reward model in folders."
-    from rlhf_nb.tiny import save_tiny
+    from rlhf_nb.testing import save_tiny
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
     "Run the program, or Python code with arguments, in several processes; their exit status and what they said."
-    server = subprocess.Popen([sys.executable, ROOT/"tests"/"ranks.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    server = subprocess.Popen([sys.executable, ROOT/"tests"/"ranks.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
 
-    def run(*flags, world=2, env=None, code=None, rank=1, update=0, what="", port_in_use=False):
-        case = dict(flags=[str(f) for f in flags], world=world, env=env or {}, code=code, rank=rank, update=update, what=what, port_in_use=port_in_use, out=str(tmp_path_factory.mktemp("logs")))
+    def run(*flags, world=2, env=None, code=None, rank=1, update=0, what=""):
+        case = dict(flags=[str(f) for f in flags], world=world, env=env or {}, code=code, rank=rank, update=update,
+                    what=what, out=str(tmp_path_factory.mktemp("logs")))
         print(json.dumps(case), file=server.stdin, flush=True)
         found = json.loads(server.stdout.readline())
         print(found)

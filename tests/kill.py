@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from rlhf_nb.checkpoint import checkpoints, damage, read_state
 from rlhf_nb.config import PPOConfig
-from rlhf_nb.tiny import tiny_policy
+from rlhf_nb.testing import tiny_policy
 from rlhf_nb.trainer import PPOTrainer
 
 torch.set_num_threads(1)
@@ -26,12 +26,41 @@ def length(completions, **columns): return [float(len(c)) for c in completions]
 
 def train(out: Path):
     model, tok = tiny_policy("llama")
-    args = PPOConfig(output_dir=str(out), max_steps=UPDATES, batch_size=4, mini_batch_size=2, num_ppo_epochs=2, max_target_length=8, temperature=.9,
-                     learning_rate=1e-2, lr_scheduler_type="linear", warmup_steps=3, use_score_scaling=True, use_score_norm=True, critic="adapter",
-                     adap_kl_horizon=50, save_steps=2, save_total_limit=3, logging_steps=3, log_with="none", disable_tqdm=True, torch_dtype="float32",
-                     overwrite_output_dir=True)
+    args = PPOConfig(
+        output_dir=str(out),
+        max_steps=UPDATES,
+        per_device_train_batch_size=2,
+        steps_per_generation=2,
+        num_iterations=2,
+        max_completion_length=8,
+        temperature=0.9,
+        learning_rate=1e-2,
+        lr_scheduler_type="linear",
+        warmup_steps=3,
+        use_score_scaling=True,
+        use_score_norm=True,
+        beta=0.2,
+        adap_kl_ctrl=True,
+        adap_kl_horizon=50,
+        critic="adapter",
+        save_steps=2,
+        save_total_limit=3,
+        logging_steps=3,
+        log_completions=True,
+        report_to="none",
+        disable_tqdm=True,
+        bf16=False,
+        overwrite_output_dir=True,
+    )
     prompts = Dataset.from_dict({"prompt": [f"Question {i}?" for i in range(10)]})
-    trainer = PPOTrainer(model, length, args, prompts, processing_class=tok, peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    trainer = PPOTrainer(
+        model,
+        length,
+        args,
+        prompts,
+        processing_class=tok,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )
     trainer.train(resume_from_checkpoint=any(damage(p) is None for p in checkpoints(out)))
 
 
@@ -60,15 +89,30 @@ def ended(out: Path) -> bool: # Always False
     return False
 
 
+def untimed(entry: dict) -> dict:
+    return {
+        k: v
+        for k, v in entry.items()
+        if not k.startswith("time/") and not k.endswith(("_time", "_runtime", "_per_second"))
+    }
+
+
 def result(out: Path):
     "All that must be equal, to the bit."
     folder = out/f"checkpoint-{UPDATES}"
-    timeless = lambda d: {k: v for k, v in d.items() if not k.startswith(("time", "tokens/second"))}
     history = json.loads((folder/"trainer_state.json").read_text())["log_history"]
-    weights = {str(p.relative_to(out)): load_file(p) for p in sorted(out.glob("**/*.safetensors")) if p.parent in (out, folder) or p.parent.parent in (out, folder)}
+    weights = {
+        str(p.relative_to(out)): load_file(p)
+        for p in sorted(out.glob("**/*.safetensors"))
+        if p.parent in (out, folder) or p.parent.parent in (out, folder)
+    }
     state = read_state(folder)
-    return dict(weights={k: v for k, v in weights.items() if "checkpoint-" not in k or f"checkpoint-{UPDATES}" in k}, history=[*map(timeless, history)],
-                state={k: v for k, v in state.items() if k != "pending"}, pending=[*map(timeless, state["pending"])])
+    return dict(
+        weights={k: v for k, v in weights.items() if "checkpoint-" not in k or f"checkpoint-{UPDATES}" in k},
+        history=[*map(untimed, history)],
+        state={k: v for k, v in state.items() if k != "pending"},
+        pending=[*map(untimed, state["pending"])],
+    )
 
 
 def same(a, b) -> bool:

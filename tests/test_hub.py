@@ -16,13 +16,17 @@ class Hub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         self.server.asked.append((self.path, self.headers["Authorization"]))
         if self.server.refuse(self.path): return self.answer(dict(error="quota exceeded"), 403)
-        if self.path.endswith("/create"): return self.answer(dict(url=f"{self.server.url}/me/{json.loads(body)['name']}", id=f"me/{json.loads(body)['name']}"))
+        if self.path.endswith("/create"):
+            name = f"me/{json.loads(body)['name']}"
+            return self.answer(dict(url=f"{self.server.url}/{name}", id=name))
         if "/preupload/" in self.path:
-            return self.answer(dict(files=[dict(path=f["path"], uploadMode="regular", shouldIgnore=False) for f in json.loads(body)["files"]]))
+            return self.answer(dict(files=[dict(path=f["path"], uploadMode="regular", shouldIgnore=False)
+                                           for f in json.loads(body)["files"]]))
         if "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
             self.server.message = lines[0]["value"]["summary"]
-            self.server.files |= {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
+            self.server.files |= {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines
+                                  if line["key"] == "file"}
             return self.answer(dict(commitOid="0" * 40, commitUrl=f"{self.server.url}/me/x/commit/{'0' * 40}"))
         self.answer({})
 
@@ -40,27 +44,32 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.url, server.asked, server.files, server.message, server.refuse = f"http://127.0.0.1:{server.server_port}", [], {}, None, lambda path: False
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.asked, server.files, server.message, server.refuse = [], {}, None, lambda path: False
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
 
 
 def push(tiny, out, hub, *more, status=0):
-    return rlhf_nb(*short(*tiny, out, "--do_eval", "--push_to_hub", *more), status=status, HF_ENDPOINT=hub.url, HF_TOKEN="hf_secret", HF_HUB_OFFLINE="0")
+    return rlhf_nb(*short(*tiny, out, "--do_eval", "--push_to_hub", *more), status=status, HF_ENDPOINT=hub.url,
+                   HF_TOKEN="hf_secret", HF_HUB_OFFLINE="0")
 
 
 def test_what_is_uploaded(tiny, tmp_path, hub):
     said = push(tiny, tmp_path/"my-run", hub, "--hub_strategy", "every_save")
-    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "value_head.safetensors", "tokenizer.json", "curves.png", "run.json"} <= {*hub.files}
-    assert not [f for f in hub.files if "checkpoint" in f or "completions" in f or "tfevents" in f], "answers and checkpoints stay here"
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "value_head.safetensors",
+            "tokenizer.json", "curves.png", "run.json"} <= {*hub.files}
+    private = [f for f in hub.files if "checkpoint" in f or "completions" in f or "tfevents" in f]
+    assert not private, "completions and checkpoints stay here"
     assert sum("/commit/" in path for path, _ in hub.asked) == 3 and hub.message == "End of training"
     everything = b"".join(hub.files.values())
     assert "hf_secret" not in said and b"hf_secret" not in everything
     assert not [f for f in (tmp_path, *tiny) if str(f).encode() in everything], "no path of this machine"
     card = ModelCard(hub.files["README.md"].decode())
     assert (card.data.library_name, card.data.pipeline_tag, card.data.base_model) == ("peft", "text-generation", None)
-    assert 'from_pretrained("me/my-run")' in card.text and "### Instruction:" in card.text and "| score |" in card.text and "curves.png" in card.text
+    assert 'from_pretrained("me/my-run")' in card.text and "### Instruction:" in card.text
+    assert "| reward |" in card.text and "curves.png" in card.text
     for name, content in hub.files.items():
         path = tmp_path/"loaded"/name
         path.parent.mkdir(parents=True, exist_ok=True)

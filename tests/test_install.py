@@ -17,8 +17,13 @@ def installed(target, *command):
 
 
 def test_installed_package_works_away_from_the_checkout(tmp_path):
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, ROOT], check=True, capture_output=True)
-    where = "import rlhf_nb.trainer, rlhf_nb.tiny as t, rlhf_nb.cli as c; print(rlhf_nb.__file__, t.data_dir(), len(t.shipped_rows()), *c.CONFIGS)"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, ROOT],
+        check=True,
+        capture_output=True,
+    )
+    where = "import rlhf_nb.trainer, rlhf_nb.testing as t, rlhf_nb.cli as c\n"
+    where += "print(rlhf_nb.__file__, t.data_dir(), len(t.shipped_rows()), *c.CONFIGS)"
     file, data, rows, *configs = installed(tmp_path, "-c", BLOCK + where).split()
     assert configs == ["ddp", "fsdp2", "zero2", "zero3"]
     assert file.startswith(str(tmp_path)) and data.startswith(str(tmp_path)) and int(rows) >= 300
@@ -29,7 +34,11 @@ def test_installed_package_works_away_from_the_checkout(tmp_path):
 def test_empty_venv(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path/"venv"], check=True)
     subprocess.run([tmp_path/"venv"/"bin"/"pip", "install", "-q", "-c", ROOT/"constraints.txt", ROOT], check=True)
-    run = lambda *a: subprocess.run([tmp_path/"venv"/"bin"/a[0], *a[1:]], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    run = lambda *a: (
+        subprocess.run(
+            [tmp_path / "venv" / "bin" / a[0], *a[1:]], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+    )
     assert "train" in run("rlhf-nb", "--help")
     run("python", "-c", "import rlhf_nb.trainer")
     assert "nbdev" not in run("pip", "freeze")

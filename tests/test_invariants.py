@@ -1,25 +1,35 @@
-"What must always be true, each against hand-made sums, brute force, autograd or torch.distributions. Number 13 is test_ranks.py."
+"What must always be true, against hand-made sums, brute force, autograd or torch.distributions. 13 is test_ranks.py."
 import math
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from test_oracle import WORDS, look, make, without_adapter
 
-from rlhf_nb.models import Policy, Sampling, lora_targets
+from rlhf_nb.config import PPOConfig
+from rlhf_nb.data import PromptOrder
+from rlhf_nb.learner import Experience, ppo_loss
+from rlhf_nb.models import ActorCritic, Sampling, Tokens, lora_targets
 from rlhf_nb.ppo import approx_kl, gae, kl_penalty, masked_mean, policy_loss, token_rewards, value_loss, whiten
 from rlhf_nb.rewards import Scores
-from rlhf_nb.rollout import generate, pad_rows
-from rlhf_nb.tiny import DECODERS, tiny_policy
-from rlhf_nb.trainer import Experience, deal, rollout_stats
+from rlhf_nb.rollout import Generation, Rollout, generate, pad_rows
+from rlhf_nb.testing import DECODERS, tiny_policy
+from rlhf_nb.trainer import rollout_stats
 
-settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+settings.register_profile(
+    "here", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
 settings.load_profile("here")
 few = settings(max_examples=12)
-SEED, LENGTHS, KINDS = st.integers(0, 2**20), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from(["k1", "abs", "k2", "k3"])
+SEED, LENGTHS, KINDS = (
+    st.integers(0, 2**20),
+    st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    st.sampled_from(["k1", "abs", "k2", "k3"]),
+)
 ARCH, TEMPERATURE = st.sampled_from(sorted(DECODERS)), st.floats(.3, 3)
 
 
@@ -41,8 +51,11 @@ def policy_of(arch, lora=True, moved=True, dtype=torch.float32):
     model, tok = tiny_policy(arch, initializer_range=.2)
     model = model.to(dtype)
     torch.manual_seed(5)
-    if lora: model = get_peft_model(model, LoraConfig(r=4, lora_dropout=.3, target_modules=lora_targets(model), task_type="CAUSAL_LM"))
-    policy = Policy(model)
+    if lora:
+        model = get_peft_model(
+            model, LoraConfig(r=4, lora_dropout=0.3, target_modules=lora_targets(model), task_type="CAUSAL_LM")
+        )
+    policy = ActorCritic(model)
     for p in policy.parameters():
         if moved and p.requires_grad: p.data += .03 * torch.randn_like(p)
     return policy, tok
@@ -52,18 +65,26 @@ def reference_of(policy): return without_adapter(policy.lm) if policy.ref_lm is 
 
 
 def batch_of(lengths, seed, vocab):
-    "Prompts and answers of these lengths, padded."
+    "Prompts and completions of these lengths, padded."
     torch.manual_seed(seed)
     ids = lambda n: torch.randint(3, vocab, (n,))
-    queries, answers = [ids(n) for n in lengths], [ids(n) for n in reversed(lengths)]
+    queries, completions = [ids(n) for n in lengths], [ids(n) for n in reversed(lengths)]
     ones = lambda rows: [torch.ones_like(x) for x in rows]
-    return pad_rows(queries, "left"), pad_rows(ones(queries), "left"), pad_rows(answers, "right"), pad_rows(ones(answers), "right")
+    return Tokens(
+        pad_rows(queries, "left"),
+        pad_rows(ones(queries), "left"),
+        pad_rows(completions, "right"),
+        pad_rows(ones(completions), "right"),
+    )
 
 
-def alone(policy, batch, i, sampling):
+def alone(policy, tokens, i, sampling):
     "Log-probs and values of one row without any padding."
-    q, r = (batch[k][i][batch[k + 1][i] > 0][None] for k in (0, 2))
-    out = policy(q, torch.ones_like(q), r, torch.ones_like(r), sampling)
+    q, r = (
+        tokens.query_ids[i][tokens.query_mask[i] > 0][None],
+        tokens.response_ids[i][tokens.response_mask[i] > 0][None],
+    )
+    out = policy(Tokens(q, torch.ones_like(q), r, torch.ones_like(r)), sampling)
     return out.logprobs[0], out.values[0]
 
 
@@ -73,8 +94,8 @@ def alone(policy, batch, i, sampling):
 def test_01_padding_changes_nothing(arch, lora, lengths, seed):
     policy, tok = policy_of(arch, lora)
     batch, sampling = batch_of(lengths, seed, len(tok)), Sampling(.7)
-    out = policy(*batch, sampling)
-    for i, m in enumerate(batch[3] > 0):
+    out = policy(batch, sampling)
+    for i, m in enumerate(batch.response_mask > 0):
         for got, want in zip((out.logprobs[i][m], out.values[i][m]), alone(policy, batch, i, sampling)):
             torch.testing.assert_close(got, want, rtol=0, atol=3e-5)
 
@@ -85,22 +106,37 @@ def test_01_padding_changes_nothing(arch, lora, lengths, seed):
 def test_01_in_bfloat16_padding_costs_no_more_than_the_type_does(arch, lengths, seed):
     (policy, tok), exact = policy_of(arch, dtype=torch.bfloat16), policy_of(arch)[0]
     batch, sampling = batch_of(lengths, seed, len(tok)), Sampling()
-    out = policy(*batch, sampling)
+    out, real = policy(batch, sampling), batch.response_mask > 0
     assert out.logprobs.dtype == out.values.dtype == torch.float32
-    off = max((out.logprobs[i][m] - alone(policy, batch, i, sampling)[0]).abs().max() for i, m in enumerate(batch[3] > 0))
-    assert off <= 2 * (out.logprobs - exact(*batch, sampling).logprobs)[batch[3] > 0].abs().max()
+    off = max((out.logprobs[i][m] - alone(policy, batch, i, sampling)[0]).abs().max() for i, m in enumerate(real))
+    assert off <= 2 * (out.logprobs - exact(batch, sampling).logprobs)[real].abs().max()
 
 
 @few
 @given(arch=ARCH, lora=st.booleans(), temperature=TEMPERATURE, size=st.integers(1, 5), seed=SEED)
 def test_02_the_first_ratio_is_one(tmp_path, arch, lora, temperature, size, seed):
-    trainer = make(arch, tmp_path, lora, temperature=temperature, mini_batch_size=size, gradient_accumulation_steps=1, seed=seed)
-    first, accumulate = [], trainer.accumulate
-    trainer.accumulate = lambda *args: first.append(accumulate(*args)) or first[-1]
+    trainer = make(
+        arch,
+        tmp_path,
+        lora,
+        temperature=temperature,
+        per_device_train_batch_size=size,
+        steps_per_generation=math.ceil(5 / size),
+        gradient_accumulation_steps=1,
+        seed=seed,
+    )
+    first, accumulate = [], trainer.learner.accumulate
+    trainer.learner.accumulate = lambda *args: first.append(accumulate(*args)) or first[-1]
     out = trainer.rollout(list(WORDS))
     trainer.step(out, [1., -2., .5, 3., 0.])
-    assert abs(first[0]["val/ratio"] - 1) < 1e-5 and first[0]["val/ratio_var"] < 1e-9 and first[0]["policy/approxkl_avg"] < 1e-9
-    assert first[0]["policy/clipfrac_avg"] == first[0]["val/clipfrac_avg"] == 0 and abs(first[-1]["val/ratio"] - 1) > 1e-6
+    assert (
+        abs(first[0]["val/ratio"] - 1) < 1e-5
+        and first[0]["val/ratio_var"] < 1e-9
+        and first[0]["policy/approxkl_avg"] < 1e-9
+    )
+    assert (
+        first[0]["policy/clipfrac_avg"] == first[0]["val/clipfrac_avg"] == 0 and abs(first[-1]["val/ratio"] - 1) > 1e-6
+    )
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
@@ -108,8 +144,8 @@ def test_02_the_first_ratio_is_one(tmp_path, arch, lora, temperature, size, seed
 def test_03_at_the_start_policy_and_reference_agree(arch, lora):
     policy, tok = policy_of(arch, lora, moved=False)
     batch = batch_of([3, 1, 5], 0, len(tok))
-    before = policy(*batch, Sampling()).logprobs
-    with policy.as_reference(): assert torch.equal(policy(*batch, Sampling()).logprobs, before)
+    before = policy(batch, Sampling()).logprobs
+    with policy.as_reference(): assert torch.equal(policy(batch, Sampling()).logprobs, before)
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
@@ -117,11 +153,11 @@ def test_03_at_the_start_policy_and_reference_agree(arch, lora):
 def test_03_an_error_does_not_leave_the_reference_on(arch, lora):
     policy, tok = policy_of(arch, lora)
     batch = batch_of([3, 1, 5], 0, len(tok))
-    before, trained = policy(*batch, Sampling()).logprobs, [n for n, p in policy.named_parameters() if p.requires_grad]
+    before, trained = policy(batch, Sampling()).logprobs, [n for n, p in policy.named_parameters() if p.requires_grad]
     with pytest.raises(KeyError), policy.as_reference():
-        assert (policy(*batch, Sampling()).logprobs - before).abs().max() > 1e-3
+        assert (policy(batch, Sampling()).logprobs - before).abs().max() > 1e-3
         raise KeyError
-    assert torch.equal(policy(*batch, Sampling()).logprobs, before)
+    assert torch.equal(policy(batch, Sampling()).logprobs, before)
     assert [n for n, p in policy.named_parameters() if p.requires_grad] == trained
 
 
@@ -131,11 +167,14 @@ def test_03_an_error_does_not_leave_the_reference_on(arch, lora):
 def test_04_one_temperature_for_policy_and_reference(tmp_path, arch, lora, temperature):
     trainer = make(arch, tmp_path, lora, temperature=temperature)
     out, policy = trainer.rollout(list(WORDS)), trainer.policy
-    for i, m in enumerate(out.response_mask > 0):
-        query, answer = out.query_ids[i][out.query_mask[i] > 0], out.response_ids[i][m]
-        assert trainer.sampling.temperature == temperature
+    tokens, sampling = out.tokens, trainer.sampler.sampling
+    for i, m in enumerate(tokens.response_mask > 0):
+        query, answer = tokens.query_ids[i][tokens.query_mask[i] > 0], tokens.response_ids[i][m]
+        assert sampling.temperature == temperature
         for lm, got in ((policy.lm, out.logprobs), (reference_of(policy), out.ref_logprobs)):
-            torch.testing.assert_close(got[i][m], look(policy, lm, query, answer, trainer.sampling)[0], rtol=0, atol=3e-5 / min(1, temperature))
+            torch.testing.assert_close(
+                got[i][m], look(policy, lm, query, answer, sampling)[0], rtol=0, atol=3e-5 / min(1, temperature)
+            )
 
 
 @few
@@ -144,8 +183,9 @@ def test_05_eos_is_the_last_token_that_counts(seed, pad_is_eos, shortest):
     policy, tok = policy_of("llama")
     ends, pad = (2, *range(5, 1000, 4)), 2 if pad_is_eos else 0
     query = batch_of([2, 5, 3], seed, len(tok))[:2]
-    answers, mask, _, ended = generate(policy, *query, Sampling(1., shortest, ends), 9, pad, torch.rand(3, 9, generator=torch.Generator().manual_seed(seed)))
-    for row, m, done in zip(answers.tolist(), mask, ended.tolist()):
+    uniforms = torch.rand(3, 9, generator=torch.Generator().manual_seed(seed))
+    made = generate(policy, *query, Generation(Sampling(1., shortest, ends), 9, pad), uniforms)
+    for row, m, done in zip(made.ids.tolist(), made.mask, made.ended.tolist()):
         n = int(m.sum())
         first = next((t for t, token in enumerate(row[:n]) if token in ends), None)
         assert m.tolist() == [1] * n + [0] * (len(row) - n) and set(row[n:]) <= {pad}
@@ -156,8 +196,8 @@ def test_05_eos_is_the_last_token_that_counts(seed, pad_is_eos, shortest):
 @given(SEED, LENGTHS)
 def test_05_eos_is_trained_and_nothing_behind_it(seed, lengths):
     policy, tok = policy_of("llama")
-    q, qm, r, rm = batch_of(lengths, seed, len(tok))
-    out = policy(q, qm, r, rm, Sampling())
+    batch = batch_of(lengths, seed, len(tok))
+    out, rm = policy(batch, Sampling()), batch.response_mask
     old = out.logprobs.detach().masked_fill(rm == 0, math.nan)
     grad, = torch.autograd.grad(policy_loss(out.logprobs, old, torch.randn_like(old) + 3, rm, .2)[0], out.logprobs)
     assert torch.equal(grad != 0, rm > 0)
@@ -211,16 +251,22 @@ def test_08_whitening(lengths, seed, shift, mean, scale):
 @few
 @given(lengths=st.lists(st.integers(1, 9), min_size=2, max_size=6), size=st.integers(1, 6), seed=SEED, arch=ARCH)
 def test_09_micro_batches_add_up(tmp_path, lengths, size, seed, arch):
-    trainer = make(arch, tmp_path, True, gradient_accumulation_steps=1, mini_batch_size=1)
-    tokens = batch_of(lengths, seed, len(trainer.processing_class))
+    trainer = make(
+        arch, tmp_path, True, gradient_accumulation_steps=1, per_device_train_batch_size=1, steps_per_generation=5
+    )
+    tokens, args, learner = batch_of(lengths, seed, len(trainer.processing_class)), trainer.args, trainer.learner
     more = ragged(lengths[::-1], seed - seed % 3, 4, torch.float32)
-    exp = Experience(*tokens, *(torch.zeros_like(more[0]),) * 2, *more[1:4], torch.ones_like(more[0]))
-    with torch.no_grad(): exp = exp._replace(logprobs=trainer.policy(*tokens, trainer.sampling).logprobs + .1 * more[0])
+    with torch.no_grad(): now = trainer.policy(tokens, trainer.sampler.sampling).logprobs
+    exp = Experience(
+        tokens, tokens.response_mask, now + 0.1 * more[0], torch.zeros_like(now), *more[1:4], torch.ones_like(now)
+    )
+    loss = partial(ppo_loss, trainer.policy, args=args, sampling=trainer.sampler.sampling)
     grads = []
-    for trainer.args.mini_batch_size in (len(lengths), size):
+    for learner.limit in (len(lengths), size):
+        vars(args)["per_device_train_batch_size"] = len(lengths)
         trainer.optimizer.zero_grad()
-        trainer.accumulate(exp, torch.arange(len(lengths)))
-        grads.append(torch.cat([p.grad.flatten() for p in trainer.trained]))
+        learner.accumulate(exp, torch.arange(len(lengths)), loss, None)
+        grads.append(torch.cat([p.grad.flatten() for p in trainer.strategy.trained]))
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
     assert grads[0].abs().max() > 1e-4
 
@@ -228,9 +274,19 @@ def test_09_micro_batches_add_up(tmp_path, lengths, size, seed, arch):
 @few
 @given(limit=st.floats(1e-4, 1e-2), size=st.integers(1, 5), seed=SEED)
 def test_09_every_update_is_clipped(tmp_path, limit, size, seed):
-    trainer = make("gpt2", tmp_path, True, max_grad_norm=limit, mini_batch_size=size, gradient_accumulation_steps=1, num_ppo_epochs=3, seed=seed)
+    trainer = make(
+        "gpt2",
+        tmp_path,
+        True,
+        max_grad_norm=limit,
+        per_device_train_batch_size=size,
+        steps_per_generation=math.ceil(5 / size),
+        gradient_accumulation_steps=1,
+        num_iterations=3,
+        seed=seed,
+    )
     norms, step = [], trainer.optimizer.step
-    norm = lambda: math.sqrt(sum(p.grad.pow(2).sum().item() for p in trainer.trained))
+    norm = lambda: math.sqrt(sum(p.grad.pow(2).sum().item() for p in trainer.strategy.trained))
     trainer.optimizer.step = lambda: (norms.append(norm()), step())
     trainer.step(trainer.rollout(list(WORDS)), [1., -2., .5, 3., 0.])
     assert len(norms) == 3 * math.ceil(5 / size) and all(.99 * limit < n < 1.001 * limit for n in norms)
@@ -238,18 +294,27 @@ def test_09_every_update_is_clipped(tmp_path, limit, size, seed):
 
 @given(st.integers(1, 40), st.integers(1, 50), SEED)
 def test_10_every_prompt_once_an_epoch(n, size, seed):
-    steps = math.ceil(3 * n / size)
-    dealt = sum((deal(n, size, step * size, seed) for step in range(steps)), [])
-    epochs = [dealt[i:i + n] for i in (0, n, 2 * n)]
+    steps, order = math.ceil(3 * n / size), PromptOrder(Dataset.from_dict(dict(prompt=list(map(str, range(n))))), seed)
+    seen = [int(row["prompt"]) for _ in range(steps) for row in order.take(size)]
+    epochs = [seen[i:i + n] for i in (0, n, 2 * n)]
     assert all(sorted(e) == list(range(n)) for e in epochs) and (n < 8 or epochs[0] != epochs[1] != epochs[2])
 
 
 @few
 @given(size=st.integers(1, 5), epochs=st.integers(1, 4), seed=SEED)
 def test_10_every_answer_once_an_epoch(tmp_path, size, epochs, seed):
-    trainer = make("gpt2", tmp_path, True, mini_batch_size=size, gradient_accumulation_steps=1, num_ppo_epochs=epochs, seed=seed)
-    rows, accumulate = [], trainer.accumulate
-    trainer.accumulate = lambda exp, some, *more: (rows.extend(some.tolist()), accumulate(exp, some, *more))[1]
+    trainer = make(
+        "gpt2",
+        tmp_path,
+        True,
+        per_device_train_batch_size=size,
+        steps_per_generation=math.ceil(5 / size),
+        gradient_accumulation_steps=1,
+        num_iterations=epochs,
+        seed=seed,
+    )
+    rows, accumulate = [], trainer.learner.accumulate
+    trainer.learner.accumulate = lambda exp, some, *more: (rows.extend(some.tolist()), accumulate(exp, some, *more))[1]
     trainer.step(trainer.rollout(list(WORDS)), [1., -2., .5, 3., 0.])
     assert [sorted(rows[i:i + 5]) for i in range(0, len(rows), 5)] == [list(range(5))] * epochs
 
@@ -258,10 +323,17 @@ def test_10_every_answer_once_an_epoch(tmp_path, size, epochs, seed):
 def test_11_log_probs_and_kl_are_float32(dtype):
     policy, tok = policy_of("llama", dtype=dtype)
     batch = batch_of([3, 5], 0, len(tok))
-    with torch.no_grad(): out = policy(*batch, Sampling(), entropy=True)
-    with torch.no_grad(), policy.as_reference(): ref = policy(*batch, Sampling()).logprobs
-    assert {x.dtype for x in (*out, ref, kl_penalty(out.logprobs, ref))} == {torch.float32}
-    torch.testing.assert_close(out.logprobs, policy_of("llama")[0](*batch, Sampling()).logprobs, rtol=0, atol=.2 if dtype == torch.bfloat16 else .02)
+    with torch.no_grad(): out = policy(batch, Sampling(), entropy=True)
+    with torch.no_grad(), policy.as_reference(): ref = policy(batch, Sampling()).logprobs
+    assert {x.dtype for x in (out.logprobs, out.values, out.entropy, ref, kl_penalty(out.logprobs, ref))} == {
+        torch.float32
+    }
+    torch.testing.assert_close(
+        out.logprobs,
+        policy_of("llama")[0](batch, Sampling()).logprobs,
+        rtol=0,
+        atol=0.2 if dtype == torch.bfloat16 else 0.02,
+    )
 
 
 @given(LENGTHS, SEED, st.sampled_from([math.nan, math.inf, -math.inf, 1e38]))
@@ -272,7 +344,11 @@ def test_11_nothing_outside_the_mask_reaches_a_loss(lengths, seed, poison):
         x, *rest = (t.nan_to_num(0.).masked_fill(mask == 0, fill) for t in (new, old, adv, ret))
         x.requires_grad_()
         loss = policy_loss(x, rest[0], rest[1], mask, .2, .3, 3.)[0] + value_loss(x, rest[0], rest[2], mask, .2)[0]
-        loss = loss + masked_mean(kl_penalty(torch.where(mask > 0, x, 0.), torch.where(mask > 0, rest[0], 0.), "k3"), mask) + approx_kl(x, rest[0], mask)
+        loss = (
+            loss
+            + masked_mean(kl_penalty(torch.where(mask > 0, x, 0.0), torch.where(mask > 0, rest[0], 0.0), "k3"), mask)
+            + approx_kl(x, rest[0], mask)
+        )
         results.append((loss, *torch.autograd.grad(loss, x)))
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*results))
 
@@ -281,9 +357,9 @@ def test_12_trained_tokens_are_the_drawn_ones(tmp_path):
     trainer = make("bloom", tmp_path, True)
     out, tok = trainer.rollout(list(WORDS)), trainer.processing_class
     seen, forward = [], trainer.policy.forward
-    trainer.policy.forward = lambda *args, **kw: (seen.append((args[2], args[3])), forward(*args, **kw))[1]
+    trainer.policy.forward = lambda tokens, *args, **kw: (seen.append(tokens[2:]), forward(tokens, *args, **kw))[1]
     trainer.step(out, [0.] * 5)
-    drawn = sorted(row[m > 0].tolist() for row, m in zip(out.response_ids, out.response_mask))
+    drawn = sorted(row[m > 0].tolist() for row, m in zip(*out.tokens[2:]))
     per_epoch = [row[m > 0].tolist() for ids, mask in seen for row, m in zip(ids, mask)]
     assert [sorted(per_epoch[i:i + 5]) for i in (0, 5)] == [drawn] * 2
     again = [tok(tok.decode(ids), add_special_tokens=False).input_ids for ids in drawn]
@@ -296,15 +372,42 @@ def test_14_what_is_logged_is_what_is_true(lengths, seed, kind, coef):
     torch.manual_seed(seed)
     scores, ended = torch.randn(len(lengths)), torch.rand(len(lengths)) < .5
     ids = torch.randint(3, mask.shape)
-    out = type("Answers", (), dict(response_ids=ids, response_mask=mask, logprobs=logprobs, sampling_logprobs=drawn, ref_logprobs=ref, entropy=entropy, ended=ended))
-    got = rollout_stats(out, Scores(scores, {"a": scores, "b": torch.full_like(scores, math.nan).index_fill(0, torch.tensor([0]), 2.)}), coef, kind)
+    tokens = Tokens(ids, mask, ids, mask)
+    out = Rollout(
+        [],
+        [],
+        [],
+        tokens,
+        logprobs=logprobs,
+        sampling_logprobs=drawn,
+        ref_logprobs=ref,
+        values=None,
+        entropy=entropy,
+        ended=ended,
+    )
+    args = PPOConfig("out", kl_estimator=kind, report_to="none")
+    one = torch.full_like(scores, math.nan).index_fill(0, torch.tensor([0]), 2.)
+    got = rollout_stats(out, Scores(scores, {"a": scores, "b": one}), args, kl_coef=coef)
     mean, pairs = lambda xs: sum(xs) / len(xs), [pair for row in rows_of(ids, mask) for pair in zip(row, row[1:])]
     gaps = [[a - b for a, b in zip(*rows)] for rows in zip(rows_of(logprobs, mask), rows_of(ref, mask))]
     moved = [abs(a - b) for rows in zip(rows_of(logprobs, mask), rows_of(drawn, mask)) for a, b in zip(*rows)]
     cost = dict(k1=lambda d: d, abs=abs, k2=lambda d: d * d / 2, k3=lambda d: math.exp(-d) - 1 + d)[kind]
-    want = {"objective/kl": mean([sum(row) for row in gaps]), "objective/scores": mean(scores.tolist()),
-            "objective/non_score_reward": -coef * mean([sum(map(cost, row)) for row in gaps]),
-            "objective/entropy": mean([sum(row) for row in rows_of(entropy, mask)]), "policy/entropy_avg": mean(sum(rows_of(entropy, mask), [])),
-            "val/num_eos_tokens": sum(ended.tolist()), "tokens/responses": mean(lengths), "rewards/a": mean(scores.tolist()), "rewards/b": 2.,
-            "sampling/sampling_logp_difference/mean": mean(moved)} | ({"tokens/distinct_2": len({*pairs}) / len(pairs)} if pairs else {})
-    assert all(math.isclose(got[k], v, rel_tol=1e-5, abs_tol=1e-6) for k, v in want.items()), {k: (got[k], v) for k, v in want.items()}
+    stopped = [n for n, done in zip(lengths, ended.tolist()) if done] or [0]
+    want = {
+        "objective/kl": mean([sum(row) for row in gaps]),
+        "kl": mean(sum(gaps, [])),
+        "reward": mean(scores.tolist()),
+        "objective/non_score_reward": -coef * mean([sum(map(cost, row)) for row in gaps]),
+        "entropy": mean(sum(rows_of(entropy, mask), [])),
+        "completions/clipped_ratio": 1 - mean([float(e) for e in ended.tolist()]),
+        "completions/mean_length": mean(lengths),
+        "completions/max_length": max(lengths),
+        "completions/mean_terminated_length": mean(stopped),
+        "rewards/a/mean": mean(scores.tolist()),
+        "rewards/b/mean": 2.0,
+        "sampling/logp_difference_mean": mean(moved),
+    }
+    if pairs: want["completions/distinct_2"] = len({*pairs}) / len(pairs)
+    assert all(math.isclose(got[k], v, rel_tol=1e-5, abs_tol=1e-6) for k, v in want.items()), {
+        k: (got[k], v) for k, v in want.items()
+    }

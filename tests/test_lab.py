@@ -1,4 +1,4 @@
-"A notebook as a person runs it: opened in JupyterLab, Run All Cells, and what is on the page then; a picture of it goes to runs/lab."
+"A notebook as a person runs it: JupyterLab, Run All Cells, and what is on the page then; a picture goes to runs/lab."
 import json
 import os
 import shutil
@@ -15,24 +15,35 @@ api = pytest.importorskip("playwright.sync_api", reason="make test-lab")
 
 NAME = "13_colab_t4"
 LIMIT = 600 # Seconds for all cells
-SETTINGS = {"notebook-extension:tracker": dict(windowingMode="none", scrollPastEnd=False), # All cells are in the page, and nothing after them
-            "docmanager-extension:plugin": dict(autosave=False), "apputils-extension:notification": dict(fetchNews="false")}
+SETTINGS = {
+    "notebook-extension:tracker": dict(windowingMode="none", scrollPastEnd=False), # The page has all cells and no more
+    "docmanager-extension:plugin": dict(autosave=False),
+    "apputils-extension:notification": dict(fetchNews="false"),
+}
 IDLE = "#jp-main-statusbar :text('(ipykernel) | Idle')"
 PROMPTS = ".jp-CodeCell .jp-InputPrompt" # [ ]: at first and after an error, [*]: running or waiting, [1]: done
-DONE = "prompts => { const p = [...document.querySelectorAll(prompts)].map(x => x.innerText); return p[0] != '[ ]:' && !p.includes('[*]:') }"
-HEIGHT = "x => window.innerHeight + x.scrollHeight - x.clientHeight" # Of a window that shows all of an element that scrolls
-UNWANTED = ["\x1b", "[0m", "Error displaying widget", "Loading widget", "IProgress not found", "Javascript Error", "Traceback"]
+DONE = """prompts => {
+    const p = [...document.querySelectorAll(prompts)].map(x => x.innerText);
+    return p[0] != '[ ]:' && !p.includes('[*]:')
+}"""
+HEIGHT = "x => window.innerHeight + x.scrollHeight - x.clientHeight" # Of a window that shows all of a scrolled element
+UNWANTED = ["\x1b", "[0m", "Error displaying widget", "Loading widget", "IProgress not found", "Javascript Error",
+            "Traceback"]
 
 
 @pytest.fixture
 def lab(tmp_path):
     "JupyterLab without anybody's settings: its folder, and the address of a notebook."
-    homes = {name: tmp_path/name for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
-    settings, folder, log = homes["JUPYTER_CONFIG_DIR"]/"labconfig"/"default_setting_overrides.json", tmp_path/"notebooks", tmp_path/"log"
+    names = "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"
+    homes = {name: tmp_path/name for name in names}
+    settings = homes["JUPYTER_CONFIG_DIR"]/"labconfig"/"default_setting_overrides.json"
+    folder, log = tmp_path/"notebooks", tmp_path/"log"
     for new in (settings.parent, folder): new.mkdir(parents=True)
     settings.write_text(json.dumps({f"@jupyterlab/{name}": value for name, value in SETTINGS.items()}))
-    env = os.environ | {name: str(home) for name, home in homes.items()} | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", f"--ServerApp.root_dir={folder}"]
+    own = {name: str(home) for name, home in homes.items()}
+    env = os.environ | own | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0",
+               f"--ServerApp.root_dir={folder}"]
     with log.open("w") as said: server = subprocess.Popen(command, env=env, stdout=said, stderr=said)
     try:
         end = time.monotonic() + 120
@@ -77,9 +88,12 @@ def test_run_all_cells(lab, page):
     page.locator("#jp-MainMenu").get_by_text("Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
     try: page.wait_for_function(DONE, arg=PROMPTS, timeout=LIMIT * 1000)
-    except api.TimeoutError: pytest.fail("\n".join([f"After {LIMIT} s this was not done:", *page.locator(".jp-CodeCell", has_text="[*]:").all_inner_texts()[:1]]))
+    except api.TimeoutError:
+        waiting = page.locator(".jp-CodeCell", has_text="[*]:").all_inner_texts()
+        pytest.fail("\n".join([f"After {LIMIT} s this was not done:", *waiting[:1]]))
     page.wait_for_selector(IDLE)
-    with page.expect_response(lambda r: r.request.method == "PUT" and "/api/contents/" in r.url): page.keyboard.press("Control+s")
+    def is_saved(response): return response.request.method == "PUT" and "/api/contents/" in response.url
+    with page.expect_response(is_saved): page.keyboard.press("Control+s")
     page.set_viewport_size(dict(width=1400, height=page.locator(".jp-WindowedPanel-outer").evaluate(HEIGHT)))
     page.screenshot(path=ROOT/"runs"/"lab"/f"{NAME}.png")
 
@@ -91,7 +105,8 @@ def test_run_all_cells(lab, page):
 
     data = [o.data for o in outputs if "data" in o]
     for tag in ("img", "table", "progress", "iframe"):
-        saved = sum(d["text/html"].count(f"<{tag}") if "text/html" in d else tag == "img" and "image/png" in d for d in data)
+        html = sum(d["text/html"].count(f"<{tag}") for d in data if "text/html" in d)
+        saved = html + sum(tag == "img" and "image/png" in d for d in data if "text/html" not in d)
         assert page.locator(f".jp-OutputArea-output {tag}").count() == saved, tag
     assert all(page.locator(".jp-OutputArea-output img").evaluate_all("found => found.map(x => x.naturalWidth)"))
     assert page.locator(".jp-Notebook .jp-Cell").count() == len(nb.cells) and page.locator(".jp-Dialog").count() == 0

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, patch_environment
@@ -19,8 +18,7 @@ from torch.distributed.fsdp import OffloadPolicy
 from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
 
 from rlhf_nb.cli import CONFIGS, train_settings
-from rlhf_nb.config import PPOConfig
-from rlhf_nb.trainer import make_accelerator
+from rlhf_nb.testing import tiny_run
 
 BIN = Path(sys.executable).parent
 
@@ -32,7 +30,10 @@ def surroundings(name):
     return prepare_deepspeed_cmd_env(told)[1] if told.use_deepspeed else prepare_multi_gpu_env(told)
 
 
-@pytest.mark.parametrize("name, kind", [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")])
+KINDS = dict(ddp="MULTI_GPU", fsdp2="FSDP", zero2="DEEPSPEED", zero3="DEEPSPEED")
+
+
+@pytest.mark.parametrize("name, kind", KINDS.items())
 def test_accelerate_reads_our_files(name, kind):
     config = load_config_from_file(str(CONFIGS[name]))
     assert (config.distributed_type, config.mixed_precision, config.num_processes) == (kind, None, -1)
@@ -40,9 +41,11 @@ def test_accelerate_reads_our_files(name, kind):
 
 def test_fsdp2_is_what_the_file_says():
     with patch_environment(**surroundings("fsdp2")): plugin = FullyShardedDataParallelPlugin()
-    assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.state_dict_type) == (2, True, StateDictType.FULL_STATE_DICT)
+    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+    assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT
     assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
-    assert not (plugin.cpu_ram_efficient_loading or plugin.activation_checkpointing) and type(plugin.cpu_offload) is OffloadPolicy
+    assert not (plugin.cpu_ram_efficient_loading or plugin.activation_checkpointing)
+    assert type(plugin.cpu_offload) is OffloadPolicy
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -53,14 +56,15 @@ def test_zero_is_what_the_file_says(stage):
     assert (zero["offload_optimizer"]["device"], zero["offload_param"]["device"]) == ("none", "none")
 
 
-@pytest.mark.parametrize("precision, wanted, used", [("bf16", torch.float32, "no"), ("no", torch.bfloat16, "bf16")])
-def test_the_precision_is_torch_dtype_whatever_accelerate_was_told(precision, wanted, used, monkeypatch, tmp_path):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-    assert make_accelerator(PPOConfig(output_dir=str(tmp_path), log_with="none"), wanted).mixed_precision == used
+@pytest.mark.parametrize("launcher, said, used", [("bf16", False, "no"), ("no", True, "bf16"), ("bf16", None, "bf16")])
+def test_the_launchers_precision_counts_where_the_settings_say_nothing(launcher, said, used, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    assert tiny_run(output_dir=tmp_path, bf16=said).accelerator.mixed_precision == used
 
 
 def flags(tiny, out, rows, *more):
-    return short(*tiny, out, "--batch_size", rows, "--mini_batch_size", rows // 2, "--save_steps", 2, "--adam_epsilon", 1e-3, "--log_with", "none", *more)
+    settings = "--save_steps 2 --adam_epsilon 1e-3 --log_with none"
+    return short(*tiny, out, "--batch_size", rows, "--mini_batch_size", rows // 2, *settings.split(), *more)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,8 @@ def same(two, one):
 @pytest.fixture
 def own_signals():
     "torch's launcher leaves its handlers in the process that called it."
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items(): signal.signal(number, handler)
 
@@ -92,22 +97,27 @@ def test_our_program_starts_processes(name, tiny, one, tmp_path, capfd, monkeypa
     config.write_text(f"accelerate_config: {name}\nnum_processes: 2\n")
     run(*flags(tiny, tmp_path/"two", 4, "--config", config, "--cpu", "--main_process_port", 0))
     said = capfd.readouterr()
-    assert (said.out + said.err).count("Saved to") == 1 and ("FSDP: this process holds" in said.err) == (name == "fsdp2")
+    assert (said.out + said.err).count("Saved to") == 1 and ("FSDP2 on 2 processes" in said.err) == (name == "fsdp2")
     assert os.environ.pop("ACCELERATE_USE_CPU") == "true"
     same(tmp_path/"two", one)
 
 
+STARTERS = ["torchrun --standalone --nproc_per_node 2".split(),
+            f"accelerate launch --config_file {CONFIGS['ddp']} --num_processes 2 --main_process_port 0".split()]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("starter", [("accelerate", "launch", "--config_file", CONFIGS["ddp"], "--num_processes", "2", "--main_process_port", "0"),
-                                     ("torchrun", "--standalone", "--nproc_per_node", "2")], ids=lambda s: s[0])
+@pytest.mark.parametrize("starter", STARTERS, ids=lambda s: s[0])
 def test_others_start_processes_of_our_program(starter, tiny, one, tmp_path):
-    done = subprocess.run([BIN/starter[0], *map(str, (*starter[1:], "-m", "rlhf_nb.cli", *flags(tiny, tmp_path/"two", 4)))], capture_output=True, text=True, timeout=300)
+    command = [BIN/starter[0], *starter[1:], "-m", "rlhf_nb.cli", *map(str, flags(tiny, tmp_path/"two", 4))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and (done.stdout + done.stderr).count("Saved to") == 1, done.stdout + done.stderr
     same(tmp_path/"two", one)
 
 
 def test_what_is_wrong_is_said_once_before_anything_starts(tiny, one, capfd):
-    with pytest.raises(SystemExit) as stop: run(*flags(tiny, one, 4, "--accelerate_config", "ddp", "--num_processes", 2))
+    with pytest.raises(SystemExit) as stop:
+        run(*flags(tiny, one, 4, "--accelerate_config", "ddp", "--num_processes", 2))
     err = capfd.readouterr().err
     assert stop.value.code == 2 and "holds an earlier run" in err and len(err.strip().splitlines()) == 1
 
@@ -115,14 +125,19 @@ def test_what_is_wrong_is_said_once_before_anything_starts(tiny, one, capfd):
 def test_torchrun_and_a_configuration_for_accelerate_exclude_each_other(tiny, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with pytest.raises(SystemExit) as stop: run(*flags(tiny, tmp_path, 4, "--accelerate_config", "ddp"))
-    assert stop.value.code == 2 and capfd.readouterr().err == "rlhf-nb train: accelerate_config starts the processes itself: leave out torchrun\n"
+    said = capfd.readouterr().err
+    assert said == "rlhf-nb train: accelerate_config starts the processes itself: leave out torchrun\n"
+    assert stop.value.code == 2
 
 
 @pytest.mark.slow
 def test_a_signal_stops_all_processes_after_the_update(tiny, tmp_path):
-    told = flags(tiny, tmp_path, 4, "--max_steps", 100, "--save_steps", 0, "--accelerate_config", "ddp", "--num_processes", 2, "--main_process_port", 0)
-    program = subprocess.Popen([BIN/"rlhf-nb", *map(str, told)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not list(tmp_path.glob("completions/*")): assert program.poll() is None and not time.sleep(.05), program.stdout.read()
+    settings = "--max_steps 100 --save_steps 0 --accelerate_config ddp --num_processes 2 --main_process_port 0"
+    command = [BIN/"rlhf-nb", *map(str, flags(tiny, tmp_path, 4, *settings.split()))]
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list(tmp_path.glob("completions/*")):
+        time.sleep(.05)
+        assert program.poll() is None, program.stdout.read()
     program.send_signal(signal.SIGTERM)
     said = program.communicate(timeout=60)[0]
     assert program.returncode == 143 and "Stopped after update" in said, said

@@ -4,45 +4,22 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
+from test_report import ATTACK, leave
 
-from rlhf_nb.config import PPOConfig
 from rlhf_nb.page import write_report
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 POLICY = re.compile(r"<meta http-equiv[^>]*>")
-ATTACK = "<script>document.title = 'attacked'</script>"
-ANSWERS = [ATTACK, "多喝水，早点睡。", "Drink water. " * 40, "https://example.com/" + "long" * 100, "\u202eright to left"]
-
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
-
-
-def leave(folder: Path, seed: int, updates: int = 100) -> Path:
-    "What a run leaves in its folder, with numbers drawn by chance."
-    rng = np.random.default_rng(seed)
-    names = ["objective/scores", "objective/kl", "objective/entropy", "objective/scores_std", "objective/kl_coef", "rewards/true_reward", "rewards/other",
-             "policy/clipfrac_avg", "policy/grad_norm", "loss/value_avg", "val/explained_variance", "tokens/responses", "lr", "episode", "time/rollout", "time/score", "time/step"]
-    entry = lambda names, step: dict(zip(names, rng.random(len(names)).tolist()), step=step)
-    evals = [f"eval/{k}" for k in ("scores", "kl", "entropy", "responses", "ended", "rewards/true_reward", "rewards/other")]
-    history = [entry(evals, 0), *(entry(names, i) for i in range(1, updates + 1)), entry(evals, updates)]
-    (folder/"completions").mkdir(parents=True)
-    (folder/"trainer_state.json").write_text(json.dumps(dict(log_history=history, global_step=updates, max_steps=updates)))
-    (folder/"run.json").write_text(json.dumps(dict(settings=asdict(PPOConfig(seed=seed, lam=.5)), model=dict(policy=ATTACK, parameters=10 ** 9))))
-    for step in (0, updates):
-        answers = rng.choice(ANSWERS, 200)
-        pd.DataFrame({"step": step, "prompt": [f"{i}: {ATTACK}" for i in range(200)], "completion": answers, "score": rng.normal(size=200), "kl": rng.random(200),
-                      "length": 9, "ended": True, "reward/true_reward": rng.random(200)}).to_parquet(folder/"completions"/f"eval_{step:05d}.parquet")
-    return folder
 
 
 def opened(page: Path, dark: bool = False) -> tuple[str, str]:
     "What the page is after it was opened, and the browser's log."
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", f"--user-data-dir={page.parent/'profile'}",
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
+             f"--user-data-dir={page.parent/'profile'}",
              f"--blink-settings=preferredColorScheme={int(not dark)}", "--dump-dom"]
     run = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
@@ -55,9 +32,12 @@ def title(dom: str) -> str: return html.unescape(re.search("<title>(.*?)</title>
 MEASURE = """<script>
 const style = e => getComputedStyle(e), pictures = [...document.querySelectorAll("figure svg")];
 document.querySelectorAll("details").forEach(e => e.open = true);
-parent.document.title = JSON.stringify({width: innerWidth, room: document.documentElement.clientWidth, needed: document.documentElement.scrollWidth,
-  sizes: pictures.map(e => e.getBoundingClientRect().width), letters: Math.min(...[...document.querySelectorAll("figure svg text")].map(e => e.getBoundingClientRect().height)),
-  back: style(document.body).backgroundColor, ink: style(document.body).color, text: style(pictures[0].querySelector("text")).fill,
+parent.document.title = JSON.stringify({width: innerWidth, room: document.documentElement.clientWidth,
+                                        needed: document.documentElement.scrollWidth,
+  sizes: pictures.map(e => e.getBoundingClientRect().width),
+  letters: Math.min(...[...document.querySelectorAll("figure svg text")].map(e => e.getBoundingClientRect().height)),
+  back: style(document.body).backgroundColor, ink: style(document.body).color,
+  text: style(pictures[0].querySelector("text")).fill,
   loaded: performance.getEntriesByType("resource").map(e => e.name)});
 </script>"""
 
@@ -68,29 +48,34 @@ def measured(page: Path, width: int = 1300, dark: bool = False) -> dict:
     assert POLICY.search(text)
     copy = html.escape(POLICY.sub("", text).replace("</body>", f"{MEASURE}</body>"))
     frame = page.with_name("frame.html")
-    frame.write_text(f"<!doctype html><meta charset=utf-8><title></title><iframe style='width: {width}px; border: 0' srcdoc=\"{copy}\"></iframe>", encoding="utf-8")
+    frame.write_text("<!doctype html><meta charset=utf-8><title></title>"
+                     f"<iframe style='width: {width}px; border: 0' srcdoc=\"{copy}\"></iframe>", encoding="utf-8")
     return json.loads(title(opened(frame, dark)[0]))
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["one run", "three runs"])
 def page(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    return write_report([leave(folder/f"run{'-with-a-long-name' * i}", i) for i in range(request.param)], folder/"report.html")
+    return write_report([leave(folder/f"run{'-with-a-long-name' * i}", i) for i in range(request.param)],
+                        folder/"report.html")
 
 
 def test_opens_without_errors_and_changes_nothing(page):
     dom, log = opened(page)
     written = page.read_text(encoding="utf-8")
     assert "CONSOLE" not in log and title(dom) == title(written)
-    for tag in ("svg", "table", "tr", "ins", "del", "section"): assert dom.count(f"<{tag}") == written.count(f"<{tag}") > 0
+    for tag in ("svg", "table", "tr", "ins", "del", "section"):
+        assert dom.count(f"<{tag}") == written.count(f"<{tag}") > 0
     assert not re.search(r"https?://(?!example\.com)", written)
 
 
 def test_a_script_that_got_in_would_not_run(page, tmp_path):
     copy = tmp_path/"injected.html"
-    copy.write_text(page.read_text(encoding="utf-8").replace("</body>", f"{ATTACK}<img src='https://example.com/a.png'></body>"), encoding="utf-8")
+    attacked = page.read_text(encoding="utf-8").replace("</body>", f"{ATTACK}<img src='https://example.com/a.png'></body>")
+    copy.write_text(attacked, encoding="utf-8")
     dom, log = opened(copy)
-    assert title(dom) == title(copy.read_text(encoding="utf-8")) and "CONSOLE" in log and "Content Security Policy" in log
+    assert title(dom) == title(copy.read_text(encoding="utf-8")) and "CONSOLE" in log
+    assert "Content Security Policy" in log
 
 
 @pytest.mark.parametrize("width, dark", [(1300, False), (400, True)])
@@ -98,7 +83,8 @@ def test_fits_and_can_be_read(page, width, dark):
     seen, bright = measured(page, width, dark), lambda color: sum(map(int, re.findall(r"\d+", color)[:3])) / 765
     assert seen["width"] == width and seen["needed"] <= seen["room"]
     assert len(seen["sizes"]) > 14 and min(seen["sizes"]) > 200 and seen["letters"] > 9
-    assert (bright(seen["back"]) < .2 and bright(seen["ink"]) > .8) if dark else (bright(seen["back"]) > .9 and bright(seen["ink"]) < .2)
+    assert (bright(seen["back"]) < .2 and bright(seen["ink"]) > .8) if dark else (bright(seen["back"]) > .9
+                                                                                  and bright(seen["ink"]) < .2)
     assert seen["text"] == seen["ink"] and seen["loaded"] == []
 
 

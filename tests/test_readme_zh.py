@@ -28,11 +28,13 @@ def facts(kind: str, line: str) -> dict[str, str]:
     said = re.sub(r"\]\([^)]*\)|`[^`]*`", "", line)
     said = re.sub(rf"({'|'.join(MONTH)})(?= \d{{4}})", lambda m: MONTH[m[0]], said)
     cells = [c.strip() for c in said.split("|")[1:-1]] if kind == "|" else []
+    if cells: numbers = " | ".join(" ".join(NUMBER.findall(c)) for c in cells)
+    else: numbers = " ".join(sorted(NUMBER.findall(said)))
     return dict(
         kind=kind,
         links=" ".join(a + b for a, b in re.findall(r"(!?\[)[^\]]*(\]\([^)]*\))", line)),
         settings=" ".join(sorted(re.findall(r"`[^`]*`", line))),
-        numbers=" | ".join(" ".join(NUMBER.findall(c)) for c in cells) if cells else " ".join(sorted(NUMBER.findall(said))),
+        numbers=numbers,
         verdicts=" | ".join(VERDICT.get(c, "") for c in cells),
         sample=line if cells and line.endswith((". |", "。 |")) else "")
 
@@ -49,7 +51,8 @@ def differences(en: str, zh: str) -> list[str]:
             continue
         for (n, kind, line), (m, _, other) in zip(left[a:b], right[c:d]):
             old, new = facts(kind, line), facts(kind, other)
-            out += [f"{f} differ\n  README.md:{n}: {old[f]}\n  README_zh.md:{m}: {new[f]}" for f in old if old[f] != new[f]]
+            for f in old:
+                if old[f] != new[f]: out.append(f"{f} differ\n  README.md:{n}: {old[f]}\n  README_zh.md:{m}: {new[f]}")
     return out
 
 
@@ -104,11 +107,14 @@ def test_words_may_differ(): assert differences(EN, ZH) == []
     ("63 秒", "64 秒", "numbers differ\n  README.md:5: 2026 5 63\n  README_zh.md:5: 2026 5 64"),
     ("5 月", "6 月", "numbers differ\n  README.md:5: 2026 5 63\n  README_zh.md:5: 2026 6 63"),
     ("-1.5", "1.5", "numbers differ\n  README.md:14:  |  | -1.5 2e-6\n  README_zh.md:14:  |  | 1.5 2e-6"),
-    ("| 不支持 |", "| 不支持 | |", "numbers differ\n  README.md:14:  |  | -1.5 2e-6\n  README_zh.md:14:  |  |  | -1.5 2e-6"),
+    ("| 不支持 |", "| 不支持 | |",
+     "numbers differ\n  README.md:14:  |  | -1.5 2e-6\n  README_zh.md:14:  |  |  | -1.5 2e-6"),
     ("不支持", "支持", "verdicts differ\n  README.md:14:  | no | \n  README_zh.md:14:  | yes | "),
-    ("Well, so", "Well", "sample differ\n  README.md:15: | How? | So. | Well, so. |\n  README_zh.md:15: | How? | So. | Well. |"),
+    ("Well, so", "Well",
+     "sample differ\n  README.md:15: | How? | So. | Well, so. |\n  README_zh.md:15: | How? | So. | Well. |"),
     ("`b`", "`c`", "settings differ\n  README.md:5: `a` `b`\n  README_zh.md:5: `a` `c`"),
-    ("nbs/1", "nbs/3", "links differ\n  README.md:5: [](nbs/1.ipynb) [](nbs/2.ipynb)\n  README_zh.md:5: [](nbs/3.ipynb) [](nbs/2.ipynb)"),
+    ("nbs/1", "nbs/3",
+     "links differ\n  README.md:5: [](nbs/1.ipynb) [](nbs/2.ipynb)\n  README_zh.md:5: [](nbs/3.ipynb) [](nbs/2.ipynb)"),
     ("![曲线]", "[曲线]", "links differ\n  README.md:16: ![](nbs/c.png)\n  README_zh.md:17: [](nbs/c.png)"),
     ("# all", "# 全部", "code differ\n  README.md:8: make demo   # all\n  README_zh.md:8: make demo   # 全部"),
     ("make test\n", "", "only in README.md, line 10 or a neighbour like it: make test"),

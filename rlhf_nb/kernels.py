@@ -1,0 +1,477 @@
+"""Fast paths of the models: fused layers, log-probs without logits, packed weights and a cache for generation.
+
+Only int8 weights change results beyond rounding; `tests/test_kernels.py` compares all with the plain computation.
+"""
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.models.bloom.modeling_bloom import BloomAttention, BloomMLP
+from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
+
+from .distributed import is_gathered
+
+if TYPE_CHECKING:
+    from .models import Sampling
+
+# Fused layers
+
+class _Attention(torch.autograd.Function):
+    "Attention as matrix products: on a CPU, the backward pass of PyTorch's own takes four times as long."
+    @staticmethod
+    def forward(ctx, qkv, bias, scale, heads):
+        parts = split_heads(qkv, heads)
+        q, k, v = parts.flatten(1, 2)
+        p = torch.baddbmm(bias.expand(-1, heads, -1, -1).flatten(0, 1), q, k.transpose(1, 2), alpha=scale).softmax(-1)
+        ctx.save_for_backward(parts, p)
+        ctx.scale = scale
+        return (p @ v).view_as(parts[0]).transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        parts, p = ctx.saved_tensors
+        q, k, v = parts.flatten(1, 2)
+        grad = grad.unflatten(2, (parts.shape[2], -1)).transpose(1, 2).flatten(0, 1)
+        # No public function computes it in one pass
+        scores = torch._softmax_backward_data(grad @ v.transpose(1, 2), p, -1, p.dtype)
+        dq = torch.baddbmm(q, scores, k, beta=0, alpha=ctx.scale)
+        dk = torch.baddbmm(k, scores.transpose(1, 2), q, beta=0, alpha=ctx.scale)
+        out = torch.stack([dq, dk, p.transpose(1, 2) @ grad]).view_as(parts)
+        return out.permute(1, 3, 2, 0, 4).flatten(2), None, None, None
+
+
+def split_heads(qkv: Tensor, # As BLOOM computes it, (B, N, heads * 3 * size)
+                heads: int,
+) -> Tensor:                 # (3, B, heads, N, size)
+    "Query, key and value."
+    return qkv.unflatten(2, (heads, 3, -1)).permute(3, 0, 2, 1, 4).contiguous()
+
+
+class SdpaBloomAttention(BloomAttention):
+    "BLOOM's attention through `scaled_dot_product_attention`; ALiBi and the mask are its bias."
+    def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, use_cache=False, **kwargs):
+        qkv = self.query_key_value(hidden_states)
+        bias = alibi.view(len(qkv), self.num_heads, 1, -1)
+        if attention_mask is not None: bias = bias + attention_mask
+        if bias.dtype != qkv.dtype: # The mask's lowest number must not become minus infinity, or padding is NaN
+            bias = bias.clamp(min=torch.finfo(qkv.dtype).min).to(qkv.dtype)
+        scale = self.inv_norm_factor
+        if layer_past is None and qkv.device.type == "cpu":
+            out = _Attention.apply(qkv, bias, scale, self.num_heads)
+        else:
+            q, k, v = self._reshape(qkv)
+            if layer_past is not None: k, v = layer_past.update(k, v, self.layer_idx)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2).flatten(2)
+        return residual + F.dropout(self.dense(out), self.hidden_dropout, self.training), None
+
+
+def packs(weight: Tensor) -> bool:
+    "Does oneDNN have a faster product for it, which can include an activation?"
+    half = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    return half and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def trains(layer: nn.Module) -> bool:
+    "Is any of its parameters trained?"
+    return any(p.requires_grad for p in layer.parameters())
+
+
+class _LinearGelu(torch.autograd.Function):
+    "The backward pass uses the slope of GELU's erf form: half the work, and the same within bfloat16's rounding."
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(grad, F.linear(x, weight, bias)) @ weight, None, None
+
+
+class FusedBloomMLP(BloomMLP):
+    "BLOOM's MLP with the first layer and GELU in one operation."
+    def forward(self, hidden_states, residual):
+        return residual + F.dropout(self.dense_4h_to_h(self.up(hidden_states)), self.hidden_dropout, self.training)
+
+    def up(self, x: Tensor) -> Tensor: # (..., H) to (..., 4 H)
+        "The first layer and GELU."
+        layer = self.dense_h_to_4h
+        plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not trains(layer)
+        if plain and packs(layer.weight) and x.dtype == layer.weight.dtype:
+            return _LinearGelu.apply(x, layer.weight, layer.bias)
+        return F.gelu(layer(x), approximate="tanh")
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale): # Rows, (n, in)
+        a = a.to(x.dtype)
+        b = b.to(x.dtype)
+        low = x @ a.T
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.scale = scale
+        return F.linear(x, weight, bias).addmm_(low, b.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, a, b, low = ctx.saved_tensors
+        back = (grad @ b).mul_(ctx.scale)
+        dx = (grad @ weight).addmm_(back, a) if ctx.needs_input_grad[0] else None
+        return dx, None, None, back.T @ x, (grad.T @ low).mul_(ctx.scale), None
+
+
+class FusedLora(LoraLinear):
+    "LoRA around a frozen linear layer as two small products; all other cases are left to peft."
+    def forward(self, x, *args, **kwargs):
+        if kwargs or not self.is_plain(x.device.type): return super().forward(x, *args, **kwargs)
+        name = self.active_adapters[0]
+        base = self.base_layer
+        rows = x.to(base.weight.dtype).flatten(0, -2)
+        adapter = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        out = _LoraLinear.apply(rows, base.weight, base.bias, *adapter)
+        return out.view(*x.shape[:-1], -1)
+
+    def is_plain(self, device_type: str) -> bool:
+        "Does the fused product compute it?"
+        if self.disable_adapters or self.merged or not mergeable(self) or len(self.active_adapters) != 1: return False
+        name = self.active_adapters[0]
+        if name not in self.lora_A or self.lora_dropout[name].training or trains(self.base_layer): return False
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else self.lora_A[name].weight.dtype
+        return self.base_layer.weight.dtype == dtype
+
+
+class StridedAttention(DisentangledSelfAttention):
+    "DeBERTa's attention; terms that depend on distance are found by strides in place of `gather`."
+    def disentangled_attention_bias(self, query_layer, key_layer, relative_pos, rel_embeddings, scale_factor):
+        n = key_layer.shape[1]
+        distances = relative_pos.view(n, n)
+        distances = torch.cat([distances[1:, 0].flip(0), distances[0]])
+        bias = 0.
+        if "c2p" in self.pos_att_type:
+            bias = self.by_distance(query_layer, "key", rel_embeddings, distances, scale_factor)
+        if "p2c" in self.pos_att_type:
+            transposed = self.by_distance(key_layer, "query", rel_embeddings, -distances, scale_factor)
+            bias = bias + transposed.transpose(1, 2)
+        return bias
+
+    def by_distance(self,
+                    x: Tensor,              # Queries or keys, (B * heads, n, size)
+                    kind: str,              # Of the other: key or query
+                    rel_embeddings: Tensor, # (distances that have one, H)
+                    distances: Tensor,      # n - 1 to 1 - n, in the order of their rows, (2 n - 1,)
+                    scale_factor: int,
+    ) -> Tensor:                            # (B * heads, n, n)
+        "Scaled product of each token i with the relative position of distance i - j, for each token j."
+        place = (distances + self.pos_ebd_size).clamp(0, len(rel_embeddings) - 1)
+        project = getattr(self, f"{kind}_proj" if self.share_att_key else f"pos_{kind}_proj")
+        few = len(place) < len(rel_embeddings)
+        rows = project(rel_embeddings[place]) if few else project(rel_embeddings)[place]
+        rows = rows.unflatten(1, (self.num_attention_heads, -1)).transpose(0, 1) / math.sqrt(x.shape[2] * scale_factor)
+        products = x @ rows.repeat(len(x) // len(rows), 1, 1).transpose(1, 2)
+        n = x.shape[1]
+        return products.as_strided((len(x), n, n), (products.stride(0), 2 * n - 2, 1), n - 1)
+
+
+FUSED = {BloomAttention: SdpaBloomAttention, BloomMLP: FusedBloomMLP, LoraLinear: FusedLora,
+         DisentangledSelfAttention: StridedAttention}
+
+
+def fuse_layers(model: nn.Module) -> nn.Module: # The same
+    "Replace the layers of BLOOM, DeBERTa and LoRA by faster ones; weights and other layers stay."
+    for m in model.modules(): m.__class__ = FUSED.get(type(m), m.__class__)
+    return model
+
+
+# Log-probs
+
+class _TokenLogprobs(torch.autograd.Function):
+    "The gradient has a closed form, one-hot minus softmax: two passes over the vocabulary where autograd takes seven."
+    @staticmethod
+    def forward(ctx, logits, ids):
+        total = logits.logsumexp(-1)
+        ctx.save_for_backward(logits, ids, total)
+        return logits.gather(-1, ids[..., None])[..., 0] - total
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, ids, total = ctx.saved_tensors
+        out = (logits - total[..., None]).exp_().mul_(-grad[..., None])
+        return out.scatter_add_(-1, ids[..., None], grad[..., None]), None
+
+
+def token_logprobs(logits: Tensor, # (B, T, V), float32
+                   ids: Tensor,    # The sampled tokens, (B, T)
+) -> Tensor:                       # (B, T)
+    "Log-probability of each sampled token."
+    return _TokenLogprobs.apply(logits, ids)
+
+
+class _TokenEntropy(torch.autograd.Function):
+    "The gradient is -p (log p + entropy)."
+    @staticmethod
+    def forward(ctx, logits):
+        total = logits.logsumexp(-1)
+        entropy = total - (logits.softmax(-1) * logits).sum(-1)
+        ctx.save_for_backward(logits, total, entropy)
+        return entropy
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, total, entropy = ctx.saved_tensors
+        logp = logits - total[..., None]
+        return logp.exp().mul_(logp.add_(entropy[..., None])).mul_(-grad[..., None])
+
+
+def token_entropy(logits: Tensor, # (B, T, V), float32
+) -> Tensor:                      # In nats, (B, T)
+    "Entropy of the distribution at each position."
+    return _TokenEntropy.apply(logits)
+
+
+# Log-probs without logits
+
+CHUNK = 2 ** 26 # Logits of the output layer's own type that exist at once
+BLOCK = 2 ** 19 # Of these, in float32, on a CPU: what its cache holds
+
+
+def score_chunk(hidden: Tensor,                       # (n, H)
+                ids: Tensor,                          # The sampled tokens, (n,)
+                early: Tensor,                        # True before the minimum length, (n,)
+                head: nn.Linear,                      # The output layer, H to V
+                sampling: "Sampling",
+                with_entropy: bool,
+                with_grad: bool,
+) -> tuple[Tensor | None, ...]: # Log-probs and entropy, (n,), and the gradient of each for the hidden state, (n, H)
+    "`head_logprobs` of a few tokens."
+    weight = head.weight
+    logits = F.linear(hidden, weight, head.bias)
+    for eos in sampling.eos_token_ids: logits[:, eos].masked_fill_(early, torch.finfo(logits.dtype).min / 2)
+    deviation = torch.empty_like(logits) if with_entropy and with_grad else None
+    sampled, total, mean = hidden.new_empty(3, len(hidden), 1, dtype=torch.float32)
+    block = BLOCK if hidden.device.type == "cpu" else CHUNK
+    rows = max(1, block // len(weight))
+    for start in range(0, len(hidden), rows):
+        some = slice(start, start + rows)
+        x = logits[some].float()
+        if sampling.temperature != 1: x.div_(sampling.temperature)
+        x.sub_(x.amax(-1, keepdim=True))
+        sampled[some] = x.gather(-1, ids[some, None])
+        p = x.exp() if with_entropy else x.exp_()
+        total[some] = p.sum(-1, keepdim=True)
+        if with_entropy: mean[some] = torch.linalg.vecdot(p, x)[:, None] / total[some]
+        if deviation is not None: deviation[some] = x.sub_(mean[some]).mul_(p)
+        if with_grad: logits[some] = p
+
+    def direction(own: Tensor | float, factors: Tensor) -> Tensor:
+        return ((own - (factors @ weight).float() / total) / sampling.temperature).to(hidden.dtype)
+
+    grad = direction(weight[ids], logits) if with_grad else None
+    entropy_grad = None if deviation is None else direction(0., deviation)
+    entropy = (total.log() - mean)[:, 0] if with_entropy else None
+    return (sampled - total.log())[:, 0], entropy, grad, entropy_grad
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    "The forward pass finds the gradient for the hidden state, up to a factor: no logits are kept."
+    @staticmethod
+    def forward(ctx, hidden, head, ids, early, sampling, with_entropy):
+        size = max(1, CHUNK // head.out_features)
+        chunks = zip(*(x.split(size) for x in (hidden, ids, early)))
+        parts = [score_chunk(*chunk, head, sampling, with_entropy, ctx.needs_input_grad[0]) for chunk in chunks]
+        logprobs, entropy, *directions = (None if column[0] is None else torch.cat(column) for column in zip(*parts))
+        ctx.save_for_backward(*directions)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, grad_entropy):
+        pairs = zip((grad, grad_entropy), ctx.saved_tensors)
+        total = sum(g[:, None] * direction for g, direction in pairs if g is not None)
+        return total, None, None, None, None, None
+
+
+def head_logprobs(hidden: Tensor,        # Input of the output layer, (n, H)
+                  head: nn.Linear,       # Frozen
+                  ids: Tensor,           # The sampled tokens, (n,)
+                  early: Tensor,         # True before the minimum length, (n,)
+                  sampling: "Sampling",
+                  entropy: bool = False, # Compute it as well
+) -> tuple[Tensor, Tensor | None]:       # Log-probs and entropy, float32, (n,)
+    "`token_logprobs` and `token_entropy` of the sampling logits, a few tokens at a time."
+    return _HeadLogprobs.apply(hidden.to(head.weight.dtype), head, ids, early, sampling, entropy)
+
+
+@contextmanager
+def replaced_head(lm: PreTrainedModel | PeftModel,
+                  forward: Callable[[Tensor], Tensor], # Hidden states to logits
+) -> Iterator[None]:
+    "Inside, the output layer computes something else."
+    head = lm.get_output_embeddings()
+    head.forward = forward
+    try: yield
+    finally: del head.forward
+
+
+@torch.no_grad()
+def head_is_plain(lm: PreTrainedModel | PeftModel) -> bool:
+    "Is the output layer linear and frozen, and its result the logits? Tested with a constant output layer."
+    head = lm.get_output_embeddings()
+    if type(head) is not nn.Linear or head.weight.requires_grad or "forward" in vars(head): return False
+    weight = head.weight
+    known = torch.linspace(-1e3, 1e3, len(weight), dtype=weight.dtype, device=weight.device)
+    with replaced_head(lm, lambda hidden: known.expand(*hidden.shape[:-1], -1)):
+        logits = lm(input_ids=known.new_zeros(1, 1, dtype=torch.long), use_cache=False).logits
+    return (logits == known).all().item()
+
+
+# Generation
+
+def packed_linear(weight: Tensor,      # (out, in)
+                  bias: Tensor | None, # (out,)
+                  rows: int,           # Of its input, usually
+                  gelu: bool = False,  # Apply GELU in its tanh form
+) -> Callable[[Tensor], Tensor]:
+    "The linear layer as a function of few rows; packed by oneDNN where that is faster."
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if packs(weight) else None
+    activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
+
+    def forward(x: Tensor) -> Tensor:
+        x = x.to(weight.dtype)
+        if packed is not None: return torch.ops.mkldnn._linear_pointwise(x, packed, bias, *activation)
+        out = F.linear(x, weight, bias)
+        return F.gelu(out, approximate="tanh") if gelu else out
+    return forward
+
+
+
+INT8_WEIGHTS = WeakTensorKeyDictionary() # Weights that are not trained and were rounded before
+
+
+def to_int8(x: Tensor,        # Rows, (n, size)
+) -> tuple[Tensor, Tensor]:   # (n, size), and a scale for each row, (n, 1)
+    "Round each row to 255 levels."
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True).div_(127).clamp_(min=1e-12)
+    return (x / scale).round_().to(torch.int8), scale
+
+
+def int8_weight(weight: Tensor,      # (out, in)
+                rows: int,           # Of the layer's input, usually
+) -> tuple[Tensor, Tensor]:          # Packed by oneDNN, and a scale for each row, (out,)
+    "`to_int8` of a weight, packed."
+    if weight in INT8_WEIGHTS: return INT8_WEIGHTS[weight]
+    pieces = [to_int8(piece) for piece in weight.detach().split(8192)]
+    rounded, scale = (torch.cat(part) for part in zip(*pieces))
+    result = torch.ops.onednn.qlinear_prepack(rounded, [rows, weight.shape[1]]), scale[:, 0]
+    if not weight.requires_grad: INT8_WEIGHTS[weight] = result
+    return result
+
+
+def int8_linear(weight: Tensor,      # (out, in)
+                bias: Tensor | None, # (out,)
+                rows: int,           # Of its input, usually
+) -> Callable[[Tensor], Tensor]:
+    "The linear layer as a function, with weights and inputs rounded to int8."
+    packed, scale = int8_weight(weight, rows)
+    zero_points = torch.zeros(len(weight), dtype=torch.long)
+
+    def forward(x: Tensor) -> Tensor:
+        rounded, size = to_int8(x.flatten(0, -2))
+        out = torch.ops.onednn.qlinear_pointwise(rounded, 1., 0, packed, scale, zero_points, None, 1., 0, torch.float32,
+                                                 "none", [], "")
+        out = out.mul_(size) if bias is None else torch.addcmul(bias.float(), out, size)
+        return out.to(weight.dtype).view(*x.shape[:-1], -1)
+    return forward
+
+
+def merged_weight(layer: nn.Linear | FusedLora) -> Tensor: # (out, in)
+    "The weight, with the change of the active adapters where there are any."
+    if type(layer) is nn.Linear: return layer.weight
+    weight = layer.weight.detach()
+    if layer.disable_adapters or layer.merged: return weight
+    changes = (layer.get_delta_weight(a).float() for a in layer.active_adapters)
+    return sum(changes, weight.float()).to(weight.dtype)
+
+
+def mergeable(layer: nn.Module) -> bool:
+    "Is it a LoRA layer whose change is one matrix?"
+    if type(layer) is not FusedLora or layer.lora_variant or type(layer.base_layer) is not nn.Linear: return False
+    return all(b.bias is None for b in layer.lora_B.values())
+
+
+@contextmanager
+def packed_for_generation(lm: PreTrainedModel, # Without peft's wrapper
+                          rows: int,           # Sequences that are generated at once
+                          int8: bool = False,  # Round weights and inputs of linear layers to int8
+) -> Iterator[None]:
+    "Inside, on a CPU, linear layers run with merged and packed weights; the parameters stay as they are."
+    usable = lm.device.type == "cpu" and is_gathered(lm)
+    modules = [*lm.modules()] if usable else []
+    lora = [m for m in modules if mergeable(m)]
+    inside_lora = {part for m in lora for part in m.modules()}
+    linear = [m for m in modules if type(m) is nn.Linear and m not in inside_lora]
+    packed = [m for m in linear if int8 or m.weight.dtype == torch.bfloat16]
+    layers = [m for m in [*lora, *packed] if "forward" not in vars(m)]
+    mlps = {m.dense_h_to_4h: m for m in modules if type(m) is FusedBloomMLP}
+    try:
+        for m in layers:
+            weight = merged_weight(m)
+            if int8: m.forward = int8_linear(weight, m.bias, rows)
+            elif m in mlps: mlps[m].up = packed_linear(weight, m.bias, rows, gelu=True)
+            else: m.forward = packed_linear(weight, m.bias, rows)
+        yield
+    finally:
+        for m in layers: vars(m).pop("forward", None)
+        for m in mlps.values(): vars(m).pop("up", None)
+
+
+class PreallocatedLayer(DynamicLayer):
+    "A layer of the key-value cache that is allocated once."
+    def __init__(self, length: int): # Tokens
+        super().__init__()
+        self.length = length
+
+    def update(self,
+               key_states: Tensor,   # (B, heads, tokens, size)
+               value_states: Tensor, # Likewise
+               *args, **kwargs,
+    ) -> tuple[Tensor, Tensor]:      # With those of earlier tokens
+        "Append keys and values, and return all."
+        new = key_states, value_states
+        if not self.is_initialized:
+            self.lazy_initialization(*new)
+            self.space = [x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in new]
+        used = self.get_seq_length()
+        end = used + key_states.shape[2]
+        for space, x in zip(self.space, new): space[:, :, used:end] = x
+        return self.set_views(end)
+
+    def set_views(self, end: int) -> tuple[Tensor, Tensor]: # Number of tokens
+        "Keys and values so far."
+        self.keys, self.values = (space[:, :, :end] for space in self.space)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor):
+        "Keep some rows."
+        self.space = [space[indices] for space in self.space]
+        self.set_views(self.get_seq_length())
+
+
+def preallocated_cache(config: PretrainedConfig,
+                       length: int,              # Tokens
+) -> DynamicCache:
+    "A key-value cache that is not copied to grow; sliding windows keep their own kind."
+    cache = DynamicCache(config=config)
+    cache.layers = [PreallocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

@@ -1,0 +1,217 @@
+"Fast paths against the plain computation: PyTorch's and peft's own layers, autograd, float64."
+from copy import deepcopy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma3nTextConfig
+from transformers.models.bloom.modeling_bloom import BloomAttention
+from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
+
+from rlhf_nb import kernels
+from rlhf_nb.kernels import (
+    FusedLora,
+    SdpaBloomAttention,
+    StridedAttention,
+    fuse_layers,
+    head_is_plain,
+    head_logprobs,
+    int8_linear,
+    packed_for_generation,
+    packs,
+    preallocated_cache,
+    split_heads,
+    token_entropy,
+    token_logprobs,
+)
+from rlhf_nb.models import Sampling
+from rlhf_nb.testing import DECODERS, tiny_policy, tiny_reward_model
+
+BF16 = packs(torch.empty(0, dtype=torch.bfloat16))
+needs_bf16 = pytest.mark.skipif(not BF16, reason="needs a CPU that multiplies bfloat16")
+
+
+def rms(a, b): return (a.double() - b.double()).square().mean().sqrt().item()
+
+
+def batch(tok):
+    return tok(["Why?", "What helps against a cough?"], return_tensors="pt", padding=True)
+
+
+def test_log_probs_and_entropy_have_the_gradient_of_autograd():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[0, 6, 2], [3, 3, 1]])
+    dist = torch.distributions.Categorical(logits=x)
+    assert_close(token_logprobs(x, ids), dist.log_prob(ids))
+    assert_close(token_entropy(x), dist.entropy())
+    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, ids), x)
+    assert torch.autograd.gradcheck(token_entropy, x)
+
+
+@pytest.mark.parametrize("chunk, block", [(50, 50), (150, 100), (10_000, 10_000)])
+def test_log_probs_without_logits(monkeypatch, chunk, block):
+    monkeypatch.setattr(kernels, "CHUNK", chunk)
+    monkeypatch.setattr(kernels, "BLOCK", block)
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(16, 50).requires_grad_(False), torch.randn(7, 16)
+    ids, early, sampling = torch.randint(50, (7,)), torch.arange(7) < 3, Sampling(.7, 3, (4, 9))
+    ids[ids == 4] = 5
+
+    def plain(h):
+        ends = torch.isin(torch.arange(50), torch.tensor([4, 9]))
+        dist = torch.distributions.Categorical(logits=(head(h) / .7).masked_fill(early[:, None] & ends, -1e9))
+        return dist.log_prob(ids), dist.entropy()
+
+    for pick in (lambda a, b: a.sum(), lambda a, b: b.sum(), lambda a, b: (a * b).sum()):
+        results = []
+        for f in (plain, lambda h: head_logprobs(h, head, ids, early, sampling, entropy=True)):
+            h = hidden.clone().requires_grad_()
+            out = f(h)
+            results.append((*out, *torch.autograd.grad(pick(*out), h)))
+        for a, b in zip(*results): assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_what_counts_as_a_plain_head():
+    for arch in DECODERS: assert head_is_plain(tiny_policy(arch)[0].requires_grad_(False)), arch
+    assert not head_is_plain(tiny_policy()[0])
+    assert not head_is_plain(tiny_policy("gemma3", final_logit_softcapping=30.)[0].requires_grad_(False))
+
+
+def test_attention_is_pytorchs():
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 5, 3 * 3 * 4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    want = F.scaled_dot_product_attention(*split_heads(qkv, 3), attn_mask=bias, scale=.5)
+    assert_close(kernels._Attention.apply(qkv, bias, .5, 3), want.transpose(1, 2).flatten(2))
+    assert torch.autograd.gradcheck(lambda qkv: kernels._Attention.apply(qkv, bias, .5, 3), qkv)
+
+
+@torch.no_grad()
+def test_bloom_is_the_stock_model():
+    stock, tok = tiny_policy("bloom", initializer_range=.2)
+    fused, inputs = fuse_layers(deepcopy(stock)), batch(tok)
+    kinds = [type(model.transformer.h[0].self_attention) for model in (stock, fused)]
+    assert kinds == [BloomAttention, SdpaBloomAttention]
+    real = inputs.attention_mask[..., None] == 1
+    assert_close(fused(**inputs).logits * real, stock(**inputs).logits * real, rtol=1e-5, atol=1e-4)
+    if not BF16: return
+    with torch.autocast("cpu", dtype=torch.bfloat16): half = fused(**inputs).logits # The mask is still float32
+    assert half.isfinite().all() and rms(half * real, stock(**inputs).logits * real) < .1
+
+
+@needs_bf16
+def test_gelu_in_the_product_is_no_less_exact():
+    torch.manual_seed(0)
+    x, w, bias = torch.randn(256, 64).bfloat16(), (torch.randn(256, 64) / 4).bfloat16(), torch.randn(256).bfloat16()
+    found = {}
+    def plain(x): return F.gelu(F.linear(x, w.to(x.dtype), bias.to(x.dtype)), approximate="tanh")
+
+    for name, f, kind in (("exact", plain, torch.float64), ("stock", plain, torch.bfloat16),
+                          ("ours", lambda x: kernels._LinearGelu.apply(x, w, bias), torch.bfloat16)):
+        seen = x.to(kind).requires_grad_()
+        y = f(seen)
+        found[name] = y.detach(), torch.autograd.grad(y.square().sum(), seen)[0]
+    stock, ours = ([rms(a, b) for a, b in zip(found[name], found["exact"])] for name in ("stock", "ours"))
+    assert ours[0] < stock[0] and ours[1] < 1.1 * stock[1]
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-12), pytest.param(torch.bfloat16, .01, marks=needs_bf16)])
+def test_lora_is_pefts(dtype, close):
+    torch.manual_seed(0)
+    base = nn.Linear(64, 96, dtype=dtype).requires_grad_(False)
+    lora = LoraLinear(base, "default", LoraConfig(), r=4, lora_alpha=8).eval()
+    a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+    nn.init.normal_(b)
+    for p in (a, b): p.data = p.data.to(torch.float32 if dtype == torch.bfloat16 else torch.float64)
+    x, results = torch.randn(3, 7, 64, dtype=dtype), []
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for kind in (LoraLinear, FusedLora):
+            lora.__class__, seen = kind, x.clone().requires_grad_()
+            out = lora(seen)
+            results.append((out, *torch.autograd.grad(out.double().square().sum(), (seen, a, b))))
+    for one, other in zip(*results):
+        assert one.dtype == other.dtype
+        assert rms(one, other) <= close * one.double().square().mean().sqrt()
+    lora.float().base_layer.bias.requires_grad_(True)
+    lora(torch.randn(3, 64)).sum().backward()
+    assert_close(lora.base_layer.bias.grad, torch.full((96,), 3.))
+
+
+def test_the_output_of_lora_may_be_changed_in_place():
+    sliding, full = "sliding_attention", "full_attention"
+    config = Gemma3nTextConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=[96] * 5, sliding_window=8, vocab_size_per_layer_input=300, hidden_size_per_layer_input=16,
+        num_kv_shared_layers=2, laurel_rank=8, altup_num_inputs=2, activation_sparsity_pattern=[0.] * 5, pad_token_id=3,
+        layer_types=[sliding, full, full, sliding, full])
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    lm = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
+    fuse_layers(lm.eval())(input_ids=torch.randint(5, 300, (2, 11))).logits.sum().backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pos_att_type", [["p2c", "c2p"], ["c2p"], ["p2c"]])
+@pytest.mark.parametrize("share_att_key", [True, False])
+@pytest.mark.parametrize("n", [3, 200])
+def test_deberta_is_the_stock_model(n, share_att_key, pos_att_type):
+    stock, tok = tiny_reward_model(initializer_range=.2, pos_att_type=pos_att_type, share_att_key=share_att_key)
+    fused = fuse_layers(deepcopy(stock))
+    kinds = [{type(m) for m in model.modules()} for model in (stock, fused)]
+    assert DisentangledSelfAttention in kinds[0] and StridedAttention in kinds[1] - kinds[0]
+    assert DisentangledSelfAttention not in kinds[1]
+    torch.manual_seed(0)
+    ids, mask = torch.randint(5, len(tok), (2, n)), torch.ones(2, n, dtype=torch.long)
+    mask[0, n // 2 + 1:] = 0
+    logits = [model(input_ids=ids, attention_mask=mask).logits for model in (stock, fused)]
+    assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)])
+def test_packed_weights_are_close_and_leave_nothing_behind(dtype, int8):
+    model, tok = tiny_policy("bloom", initializer_range=.2)
+    lora = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+    lm = fuse_layers(get_peft_model(model.to(dtype), lora).eval()).get_base_model()
+    inputs = batch(tok)
+    real = inputs.attention_mask[..., None] == 1
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        before = lm(**inputs).logits
+        with packed_for_generation(lm, 2, int8): inside = lm(**inputs).logits
+        assert torch.equal(lm(**inputs).logits, before)
+    error = rms(inside * real, before * real) / before.float().std()
+    assert error < (.05 if int8 else .02 if dtype == torch.bfloat16 else 1e-5) and (error > 0 or not int8)
+    assert not any("forward" in vars(m) or "up" in vars(m) for m in lm.modules())
+
+
+def test_int8_rounds_to_the_nearest_level():
+    torch.manual_seed(0)
+    weight, x = torch.randn(64, 32), torch.randn(5, 32)
+    steps = weight.abs().amax(1) / 127
+    rounded = (weight / steps[:, None]).round() * steps[:, None]
+    sizes = x.abs().amax(1, keepdim=True) / 127
+    want = ((x / sizes).round() * sizes) @ rounded.T
+    assert_close(int8_linear(weight, None, 5)(x), want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", DECODERS)
+def test_a_preallocated_cache_is_transformers_cache(arch):
+    model, tok = tiny_policy(arch, initializer_range=.2)
+    torch.manual_seed(0)
+    ids, mask = torch.randint(4, len(tok), (3, 24)), torch.ones(3, 24, dtype=torch.long)
+    mask[0, :2] = 0
+    keep = torch.tensor([0, 2])
+    results = []
+    for cache in (DynamicCache(config=model.config), preallocated_cache(model.config, 24)):
+        model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+        cache.batch_select_indices(keep)
+        for n in (21, 22, 23):
+            out = model(ids[keep, n - 1:n], attention_mask=mask[keep, :n], past_key_values=cache).logits
+        results.append(out)
+    assert_close(*results, rtol=0, atol=1e-5)
