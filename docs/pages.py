@@ -5,20 +5,14 @@ import sys
 from pathlib import Path
 
 import nbformat
+from metrics import metrics_table
 from nbformat import NotebookNode
 from settings import settings_table
-
-from rlhf_nb.metrics import metrics_table
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 NBS = ROOT/"nbs"
 HIDDEN = re.compile(r"#\| hide|#\| eval: false\n!")
-METRICS = """# Metrics
-
-What a run logs: the keys of `trainer.state.log_history`, and of TensorBoard, wandb and trackio. The names are TRL's
-where TRL has the number. Evaluations log with the prefix `eval_`.
-"""
 API = """# rlhf_nb.{module}
 
 ```{{eval-rst}}
@@ -70,7 +64,7 @@ def contents(caption: str, pages: list[str]) -> str:
 def write(folder: Path):
     "The sources, for Sphinx."
     (folder/"api").mkdir(parents=True)
-    tables = dict(settings=settings_table(), metrics=f"{METRICS}\n{metrics_table()}\n")
+    tables = dict(settings=settings_table(), metrics=metrics_table())
     for name in book(): nbformat.write(readable(read(NBS/f"{name}.ipynb")), folder/f"{name}.ipynb")
     index = readable(read(NBS/"index.ipynb"))
     api = [f"api/{module}" for module in modules()]

@@ -57,6 +57,7 @@ from .models import check_model, hub_arguments, load_decoder, load_tokenizer, lo
 from .page import write_report
 from .report import curves, in_notebook, samples_table, summarise, summary_table
 from .rollout import Rollout
+from .tables import table
 from .trainer import PPOTrainer
 
 logger = logging.getLogger("rlhf_nb.cli")
@@ -64,7 +65,7 @@ logger = logging.getLogger("rlhf_nb.cli")
 # Names and defaults of the original program
 
 PACKAGE = Path(str(files("rlhf_nb")))
-TABLES = yaml.safe_load((PACKAGE/"templates"/"program.yaml").read_text(encoding="utf-8"))
+TABLES = table("program")
 NAMES, DEFAULTS = TABLES["names"], TABLES["defaults"]
 CLINIC_FILES = {name: str(CLINIC/file) for name, file in TABLES["demo_files"].items()}
 DEMO = TABLES["demo"] | CLINIC_FILES | dict(prompt_template=PROMPT)

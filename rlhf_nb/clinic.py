@@ -12,13 +12,11 @@ __all__ = ['PHRASES', 'ADVICE', 'COMPLAINTS', 'PROMPT', 'ADVICES', 'VIRTUES', 'H
 import random
 import re
 from collections.abc import Callable, Iterable
-from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-import yaml
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -35,10 +33,11 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from .kernels import fuse_layers
 from .rewards import RewardModel, load_reward_model
+from .tables import table
 from .testing import data_dir, deberta_config, policy_tokenizer, reward_tokenizer
 
 # %% ../nbs/09_clinic.ipynb #067e15e5
-PHRASES = yaml.safe_load((files("rlhf_nb.templates")/"clinic.yaml").read_text(encoding="utf-8"))
+PHRASES = table("clinic")
 ADVICE = PHRASES["advice"]
 COMPLAINTS = {name: (names, right) for names, right in PHRASES["complaints"] for name in names}
 

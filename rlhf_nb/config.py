@@ -15,18 +15,17 @@ import os
 import types
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
-from importlib.resources import files
 from os import PathLike
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from accelerate.state import AcceleratorState
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import ModelConfig
 
 from .distributed import load_whole_models
+from .tables import table
 
 # %% ../nbs/00_config.ipynb #3caa9761
 def setting(default: Any, # Value when the user says nothing
@@ -75,7 +74,7 @@ def validate(config: Any): # A dataclass instance
             raise ValueError(f"{name}={getattr(config, name)!r}: {problem}")
 
 # %% ../nbs/00_config.ipynb #9ea48ac2
-TABLES = yaml.safe_load(files("rlhf_nb").joinpath("templates/settings.yaml").read_text(encoding="utf-8"))
+TABLES = table("settings")
 OLD_NAMES = TABLES["old_names"]
 
 def unknown_settings(names: list[str], # That the user gave

@@ -10,15 +10,14 @@ __all__ = ['logger', 'RULES', 'LOOK', 'Finding', 'Diagnosis', 'average', 'beyond
 import logging
 import math
 from collections import defaultdict
-from importlib.resources import files
 from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from transformers import TrainerCallback
 
 from .metrics import TRUE_REWARD
+from .tables import table
 
 # %% ../nbs/08_diagnosis.ipynb #028e89b9
 logger = logging.getLogger(__name__)
@@ -139,7 +138,7 @@ def blind_critic(run: Diagnosis) -> dict | None:
     if len(run.logged["reward"]) >= 20 and explained < limit: return dict(explained=explained)
 
 # %% ../nbs/08_diagnosis.ipynb #597e1f95
-RULES = yaml.safe_load((files("rlhf_nb.templates")/"diagnosis.yaml").read_text(encoding="utf-8"))
+RULES = table("diagnosis")
 LOOK = {rule.__name__: rule for rule in (negative_kl, runaway_kl, ends_at_once, exploited, rewards_alike,
                                          hardly_moves, blind_critic)}
 

@@ -8,13 +8,11 @@ from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib.resources import files
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import psutil
 import torch
-import yaml
 from peft import LoraConfig, PeftConfig
 from rich import box
 from rich.console import Group
@@ -46,8 +44,9 @@ from .models import (
 )
 from .report import TEMPLATES
 from .rollout import sample_tokens
+from .tables import table
 
-TABLES = yaml.safe_load((files("rlhf_nb.templates")/"memory.yaml").read_text(encoding="utf-8"))
+TABLES = table("memory")
 OVER = TABLES["over"]
 
 # Where it might run

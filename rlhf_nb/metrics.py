@@ -1,11 +1,10 @@
 """Every number that a run logs, from templates/metrics.yaml: for views, report, diagnosis and documentation."""
 import math
 import re
-from importlib.resources import files
 from statistics import mean
 from typing import NamedTuple
 
-import yaml
+from .tables import table
 
 
 class Metric(NamedTuple):
@@ -24,8 +23,7 @@ class Metric(NamedTuple):
         return f"{self.label}, {self.unit}" if self.unit else self.label
 
 
-TEXT = (files("rlhf_nb.templates")/"metrics.yaml").read_text(encoding="utf-8")
-METRICS = {name: Metric(name, **entry) for name, entry in yaml.safe_load(TEXT).items()}
+METRICS = {name: Metric(name, **entry) for name, entry in table("metrics").items()}
 TRUE_REWARD = "rewards/true_reward/mean"
 HEADLINES = ("reward", TRUE_REWARD, "objective/kl", "completions/mean_length") # What tells whether a run goes well
 
@@ -61,12 +59,3 @@ def before_after(history: list[dict], # `trainer.state.log_history`
         if len(evaluated) > 1: found[key] = evaluated[0], evaluated[-1]
         elif batches and trained: found[key] = mean(trained[:n]), mean(trained[-n:])
     return found
-
-
-def metrics_table() -> str:
-    "Every metric as a Markdown table, for the documentation."
-    rows = ["| key | meaning | unit | what to expect | logged |", "| --- | --- | --- | --- | --- |"]
-    for entry in METRICS.values():
-        when = ["also as `eval_`"] * entry.evaluated + [entry.only] * bool(entry.only)
-        rows.append(f"| `{entry.name}` | {entry.meaning} | {entry.unit} | {entry.healthy} | {'; '.join(when)} |")
-    return "\n".join(rows)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import yaml
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.style import context
@@ -24,8 +23,9 @@ from .diagnosis import RULES, Finding, diagnose
 from .hub import DEFAULTS, HIDDEN, is_default, without_paths
 from .metrics import HEADLINES, METRICS, TRUE_REWARD, before_after, find_metric, series
 from .report import TEMPLATES, Chart, draw, plain, values_of
+from .tables import table
 
-TABLES = yaml.safe_load((files("rlhf_nb.templates")/"report.yaml").read_text(encoding="utf-8"))
+TABLES = table("report")
 COLORS, LINES = TABLES["colors"], TABLES["lines"]
 REWARD, _, KL, _ = HEADLINES
 COLUMNS = {REWARD: "reward", TRUE_REWARD: "true_reward"} # Of the completions

@@ -13,11 +13,9 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -44,6 +42,7 @@ from .errors import halve_on_out_of_memory
 from .kernels import packed_for_generation, preallocated_cache, token_logprobs
 from .models import ActorCritic, Sampling, Tokens, end_tokens, sampling_logits, unwrapped
 from .ppo import apply_mask
+from .tables import table
 
 if TYPE_CHECKING:
     from rlhf_nb.distributed import Strategy
@@ -116,7 +115,7 @@ PROCESSORS = dict(sequence_bias=SequenceBiasLogitsProcessor, repetition_penalty=
 WARPERS = dict(top_h=TopHLogitsWarper, top_k=TopKLogitsWarper, top_p=TopPLogitsWarper, min_p=MinPLogitsWarper,
                typical_p=TypicalLogitsWarper, epsilon_cutoff=EpsilonLogitsWarper, eta_cutoff=EtaLogitsWarper)
 SUPPORTED = [*PROCESSORS, *WARPERS, "eos_token_id"]
-NAMES = yaml.safe_load(files("rlhf_nb").joinpath("templates/sampling.yaml").read_text(encoding="utf-8"))
+NAMES = table("sampling")
 
 def generation_settings(args: PPOConfig) -> dict[str, Any]:
     "Settings that restrict sampling, and `eos_token_id`; `ValueError` for those that have no effect here."
