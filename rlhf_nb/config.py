@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Positive', 'NonNeg', 'Unit', 'Finite', 'Percent', 'TABLES', 'OLD_NAMES', 'REFUSED',
            'OTHER_DEFAULTS', 'LIVE', 'NEUTRAL', 'PATHS', 'LIMITS', 'setting', 'complaint', 'validate',
-           'unknown_settings', 'PPOConfig', 'default_of', 'check_refused', 'check_limits', 'settle_batch',
+           'unknown_settings', 'PPOConfig', 'default_of', 'is_default', 'check_refused', 'check_limits', 'settle_batch',
            'check_together', 'has_bf16', 'wanted_precision', 'choose_precision', 'ModelArguments', 'check_template',
            'DataArguments', 'MergeArguments']
 
@@ -327,13 +327,16 @@ def default_of(f) -> Any: # A dataclass field
     "The value it has when the user says nothing."
     return f.default if f.default_factory is MISSING else f.default_factory()
 
+def is_default(value: Any, default: Any) -> bool:
+    "Does a setting have its default? None, False, 0 and nothing are the same."
+    return value == default or not value and not default
+
 def check_refused(args: PPOConfig):
     "`ValueError` with the reason for every refused field that is not at its default."
     given = []
     for f in fields(args):
         value, default = getattr(args, f.name), default_of(f)
-        nothing = not value and not default  # None, False, 0 and nothing at all
-        if f.name in REFUSED and not nothing and value not in (default, NEUTRAL.get(f.name, default)):
+        if f.name in REFUSED and not is_default(value, default) and value != NEUTRAL.get(f.name, default):
             given.append(f.name)
     told = {name: " ".join(repr(getattr(args, name)).split()) for name in given}
     if given:

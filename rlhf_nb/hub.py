@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader
 from transformers import PreTrainedTokenizerBase
 
-from .config import PATHS, REFUSED, PPOConfig, default_of
+from .config import PATHS, REFUSED, PPOConfig, default_of, is_default
 from .data import preparer
 from .errors import RunError
 from .metrics import METRICS, before_after
@@ -32,11 +32,6 @@ def run_settings(args: PPOConfig) -> dict[str, Any]: # JSON values
     "Return the settings of a run, without secrets and without where it lies on this machine."
     settings = json.loads(json.dumps(args.to_dict(), default=str))
     return without_paths({name: value for name, value in settings.items() if name not in PATHS})
-
-
-def is_default(value: Any, default: Any) -> bool:
-    "Does a setting have its default? None, False, 0 and nothing are the same."
-    return value == default or not value and not default
 
 
 def changed_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.style import context
 
 from .checkpoint import checkpoints
-from .config import PPOConfig
+from .config import PPOConfig, is_default
 from .data import parse_json, read_text
 from .diagnosis import RULES, Finding, diagnose
-from .hub import DEFAULTS, HIDDEN, is_default, without_paths
+from .hub import DEFAULTS, HIDDEN, without_paths
 from .metrics import HEADLINES, METRICS, TRUE_REWARD, before_after, find_metric, series
 from .report import TEMPLATES, Chart, draw, plain, values_of
 from .tables import table

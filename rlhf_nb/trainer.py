@@ -359,8 +359,6 @@ class PPOTrainer(Trainer):
         metrics |= dict(total_flos=state.total_flos, train_loss=loss, epoch=state.epoch)
         self.log(({} if self.stopped_by else self.runlog.take()) | metrics)
         if args.load_best_model_at_end and state.best_model_checkpoint and not self.stopped_by:
-            best = state.best_model_checkpoint, args.metric_for_best_model, state.best_metric
-            logger.info("Loading the best model, %s (%s %.4g)", *best)
             files.load_best(self)
         self.event("train_end")
         self.is_in_train = False
