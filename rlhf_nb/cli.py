@@ -476,8 +476,8 @@ def stop_if_told(trainer: PPOTrainer):
 
 def save(trainer: PPOTrainer):
     "Write the model to output_dir, and to the hub if it is wanted there."
-    trainer.save_model(_internal_call=True)
-    if trainer.args.push_to_hub: trainer.push_to_hub()
+    if trainer.args.push_to_hub: trainer.push_to_hub() # It saves, too
+    else: trainer.save_model()
 
 
 @contextmanager
