@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 from . import models
 from .checkpoint import flush
-from .config import Count, DataArguments, NonNeg, PPOConfig, Whole, check_template, complaint, setting
+from .config import Count, DataArguments, NonNeg, PPOConfig, Whole, check_template, setting, validate
 from .data import encode_prompt, find_files, load_prompts, parse_json, preparer, read_text
 from .models import ActorCritic, Sampling, check_lengths, check_model, end_tokens, loading
 from .report import plain
@@ -95,9 +95,7 @@ class AnswerArguments:
     trust_remote_code: bool = setting(False, HELP["trust_remote_code"])
 
     def __post_init__(self):
-        for name, tp in get_type_hints(type(self), include_extras=True).items():
-            if problem := complaint(getattr(self, name), tp):
-                raise ValueError(f"{name}={getattr(self, name)!r}: {problem}")
+        validate(self, get_type_hints(type(self), include_extras=True))
         if self.prompt_template: check_template(self.prompt_template)
 
 # %% ../nbs/10_chat.ipynb #675af182

@@ -51,7 +51,7 @@ from .config import (
 )
 from .data import find_files, load_prompts
 from .distributed import PeerLost, first_to_report, process_failure, tell_launcher
-from .errors import RunError
+from .errors import RunError, first_line
 from .memory import GPUS, lora, plan_text
 from .models import check_model, hub_arguments, load_decoder, load_tokenizer, loading, merge_adapter, with_adapter
 from .page import write_report
@@ -610,7 +610,7 @@ def merge(argv: list[str]):
         try:
             merge_adapter(base, adapter, args.output_dir, args.dtype, args.cache_dir, args.trust_remote_code)
         except RuntimeError as e:
-            raise ValueError(f"{adapter} is no adapter of {base} ({str(e).splitlines()[0]})") from e
+            raise ValueError(f"{adapter} is no adapter of {base} ({first_line(e)})") from e
     logger.info("Saved to %s", args.output_dir)
 
 

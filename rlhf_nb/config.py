@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Positive', 'NonNeg', 'Unit', 'Finite', 'Percent', 'TABLES', 'OLD_NAMES', 'REFUSED',
-           'OTHER_DEFAULTS', 'LIVE', 'NEUTRAL', 'PATHS', 'LIMITS', 'setting', 'complaint', 'validate',
-           'unknown_settings', 'PPOConfig', 'default_of', 'is_default', 'check_refused', 'check_limits', 'settle_batch',
+           'OTHER_DEFAULTS', 'LIVE', 'NEUTRAL', 'PATHS', 'LIMITS', 'setting', 'complaint', 'own_types', 'validate',
+           'unknown_settings', 'PPOConfig', 'default_of', 'is_default', 'check_refused', 'settle_batch',
            'check_together', 'has_bf16', 'wanted_precision', 'choose_precision', 'ModelArguments', 'check_template',
            'DataArguments', 'MergeArguments']
 
@@ -66,11 +66,17 @@ def complaint(value: Any, # What the user gave
     if tp is str and isinstance(value, PathLike): return None
     return None if isinstance(value, origin or tp) else f"must be a {(origin or tp).__name__}"
 
-def validate(config: Any): # A dataclass instance
-    "Raise `ValueError` naming the first own setting that breaks its type or limit."
-    hints = get_type_hints(type(config), include_extras=True)
-    for name in type(config).__annotations__:
-        if problem := complaint(getattr(config, name), hints[name]):
+def own_types(config: type) -> dict[str, Any]: # A dataclass
+    "The types of the settings that a class adds to those it inherits."
+    hints = get_type_hints(config, include_extras=True)
+    return {name: hints[name] for name in config.__annotations__}
+
+def validate(config: Any,                         # A dataclass instance
+             types: dict[str, Any] | None = None, # Of the settings to look at; default: those its class adds
+):
+    "Raise `ValueError` naming the first setting that breaks its type or limit."
+    for name, tp in (types or own_types(type(config))).items():
+        if problem := complaint(getattr(config, name), tp):
             raise ValueError(f"{name}={getattr(config, name)!r}: {problem}")
 
 # %% ../nbs/00_config.ipynb #9ea48ac2
@@ -296,7 +302,7 @@ class PPOConfig(TrainingArguments):
         if not self.max_grad_norm: self.max_grad_norm = 0.
         choose_precision(self, super().__post_init__)
         validate(self)
-        check_limits(self)
+        validate(self, LIMITS)
         settle_batch(self)
         check_together(self)
         load_whole_models() # Whoever loads a model next gets all of it, also with ZeRO-3
@@ -342,11 +348,6 @@ def check_refused(args: PPOConfig):
     if given:
         raise ValueError("; ".join(f"{name}={value} is not supported: {REFUSED[name]}" for name, value in told.items()))
 
-
-def check_limits(args: PPOConfig):
-    "`ValueError` for an inherited setting that breaks its limit."
-    for name, tp in LIMITS.items():
-        if problem := complaint(getattr(args, name), tp): raise ValueError(f"{name}={getattr(args, name)!r}: {problem}")
 
 def settle_batch(args: PPOConfig):
     "Fill in `steps_per_generation` and `generation_batch_size` from each other."

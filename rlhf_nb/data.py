@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, is_conversational
 
 from .config import DataArguments, PPOConfig
+from .errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def read_rows(path: Path, # A file with one of `SUFFIXES`
     if path.suffix == ".parquet":
         try: rows = pq.read_table(path).to_pylist()
         except (OSError, ValueError) as e:
-            raise ValueError(f"{path}: not a parquet file ({str(e).splitlines()[0]})") from None
+            raise ValueError(f"{path}: not a parquet file ({first_line(e)})") from None
     elif path.suffix == ".json" and (text := read_text(path)).lstrip()[0] == "[": rows = parse_json(text, str(path))
     else: return line_rows(path)
     return with_places(rows, str(path))
@@ -289,7 +290,7 @@ def load_split(rows: Rows,
     kept[0] = dict.fromkeys(chain(*kept)) | kept[0] # Rows may have different columns; the first names all
     try: return Dataset.from_list(kept).shuffle(seed=seed)
     except (TypeError, ValueError, OverflowError) as e:
-        raise ValueError(f"{source}: a column mixes types: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"{source}: a column mixes types: {first_line(e)}") from None
 
 # %% ../nbs/01_data.ipynb #f0daf278
 def file_rows(path: str | Path) -> Rows:
@@ -377,10 +378,6 @@ class PromptOrder:
         self.seen += n
         return rows
 
-    @property
-    def epochs(self) -> float: # Of a stream, whose length is unknown: whole ones
-        "Return how often the data set has been seen."
-        return self.epoch if isinstance(self.dataset, IterableDataset) else self.seen / len(self.dataset)
 
 # %% ../nbs/01_data.ipynb #5e573dbf
 def check_dataset(data: Any,                # To be checked

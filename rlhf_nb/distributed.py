@@ -35,6 +35,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.models.utils import add_hooks, remove_hooks
 
 from .checkpoint import checkpoints, damage
+from .errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -345,12 +346,11 @@ def from_exchange(e: Exception) -> bool:
 
 def peer_lost(e: Exception, args: TrainingArguments) -> PeerLost: # What an exchange raised
     "What happened, and where to resume."
-    text = str(e) or type(e).__name__
     what = "has ended, killed perhaps for memory"
-    if "timed out" in text.lower(): what = f"did not answer within ddp_timeout={args.ddp_timeout} s"
+    if "timed out" in str(e).lower(): what = f"did not answer within ddp_timeout={args.ddp_timeout} s"
     whole = next((p for p in reversed(checkpoints(args.output_dir)) if damage(p) is None), None)
     then = f"{whole} is whole: resume_from_checkpoint=True continues from it" if whole else "There is no checkpoint yet"
-    return PeerLost(f"Another process {what} ({text.splitlines()[0]}). {then}")
+    return PeerLost(f"Another process {what} ({first_line(e)}). {then}")
 
 def first_to_report(what: str) -> bool:
     "Has no other process of this launch reported it? Only torchrun's store can tell, which outlives them all."

@@ -12,6 +12,11 @@ class RunError(RuntimeError):
     "A run that cannot continue."
 
 
+def first_line(e: Exception) -> str:
+    "The start of an exception's message; without one, its kind."
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
+
 def halve_on_out_of_memory(e: RuntimeError,  # What a pass raised
                            rows: int,        # Rows of that pass
                            saves: str,       # Settings that would have saved the attempt

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import PATHS, REFUSED, PPOConfig, default_of, is_default
 from .data import preparer
-from .errors import RunError
+from .errors import RunError, first_line
 from .metrics import METRICS, before_after
 from .models import hub_name
 
@@ -72,11 +72,6 @@ def example_prompt(data: dict[str, Any],               # Of run.json: prompt_tem
     prepare = preparer(template, system, tokenizer, None, chat_template_kwargs)
     try: return prepare(dict(instruction=EXAMPLE), "model card")["prompt"]
     except ValueError as e: logger.warning("%s; the card is written without an example", first_line(e))
-
-
-def first_line(e: Exception) -> str:
-    "Return the start of an exception's message."
-    return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
 def card_data(about: dict[str, Any],     # What run.json holds

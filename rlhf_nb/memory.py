@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -39,6 +38,7 @@ from .models import (
     check_decoder,
     check_model,
     loading,
+    longest,
     sampling_logits,
     unwrapped,
 )
@@ -68,12 +68,10 @@ GPUS = {name: Device(name, "cuda", gib * 2**30, read * 1e9, half * 1e12, single 
 
 
 def known_gpu(name: str) -> Device:
-    "By name, in any case; `ValueError` with the nearest name."
-    short = {key.lower(): device for key, device in GPUS.items()}
-    plain = name.lower().replace(" ", "").replace("_", "-")
-    if plain in short: return short[plain]
-    near = "".join(f"did you mean {short[key].name}? " for key in get_close_matches(plain, short, n=1))
-    raise ValueError(f"gpu={name}: {near}Known are {', '.join(GPUS)}")
+    "By name, in any case; `ValueError` with all names."
+    plain = name.upper().replace(" ", "").replace("_", "-")
+    if plain not in GPUS: raise ValueError(f"gpu={name}: known are {', '.join(GPUS)}")
+    return GPUS[plain]
 
 
 def this_machine() -> Device:
@@ -240,9 +238,9 @@ class Rehearsal:
         self.rows = min(args.local_rollout_forward_batch_size or self.batch, self.batch)
         self.completion = args.max_completion_length
         # Without max_prompt_length, what the model can read
-        self.prompt = args.max_prompt_length or max(1, (longest(self.lm) or 2048) - self.completion)
+        self.prompt = args.max_prompt_length or max(1, (longest(self.lm.config) or 2048) - self.completion)
         self.length = self.prompt + self.completion
-        self.judged = min(self.length, longest(self.reward) or self.length)
+        self.judged = min(self.length, longest(self.reward.config) or self.length)
         self.sampling = Sampling(args.temperature, args.min_completion_length, (0,))
 
     def run(self):
@@ -322,11 +320,6 @@ class Rehearsal:
             score=work * self.judged * self.reward.num_parameters(exclude_embeddings=True),
             update=self.args.num_iterations * passes * once,
         )
-
-
-def longest(model: PreTrainedModel) -> int | None: # In tokens
-    "What the model can read at once."
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 # The plan

@@ -48,6 +48,12 @@ def series(history: list[dict], # `trainer.state.log_history`
     return [entry[key] for entry in history if math.isfinite(entry.get(key, math.nan))]
 
 
+def means(stats: list[dict[str, float]]) -> dict[str, float]: # Of entries that may lack some names
+    "The mean of each metric over the entries in which it is a finite number; without those that never are."
+    found = {name: series(stats, name) for name in dict.fromkeys(k for s in stats for k in s)}
+    return {name: mean(values) for name, values in found.items() if values}
+
+
 def before_after(history: list[dict], # `trainer.state.log_history`
                  batches: bool = True, # Without two evaluations: the means of the first and last tenth of the batches
 ) -> dict[str, tuple[float, float]]:   # By the headline's key

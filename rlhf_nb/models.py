@@ -8,9 +8,9 @@ __all__ = ['logger', 'Decoder', 'CRITIC', 'REFERENCE', 'VALUE_HEAD', 'Tokens', '
            'adapter_is_neutral', 'copy_adapter', 'make_reference', 'add_critic', 'train_in_float32', 'PolicyOutput',
            'ActorCritic', 'lora_targets', 'is_causal', 'check_decoder', 'load_device', 'hub_arguments', 'load_decoder',
            'check_trained', 'add_adapter', 'as_decoder', 'load_critic', 'take_weights', 'load_adapter_weights',
-           'load_policy', 'router_coefficient', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'check_lengths',
-           'hub_name', 'check_model', 'loading', 'trained_weights', 'save_policy', 'with_adapter', 'load_weights',
-           'merge_adapter']
+           'load_policy', 'router_coefficient', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'longest',
+           'check_lengths', 'hub_name', 'check_model', 'loading', 'trained_weights', 'save_policy', 'with_adapter',
+           'load_weights', 'merge_adapter']
 
 # %% ../nbs/02_policy.ipynb #b1bcf9d1
 import inspect
@@ -60,6 +60,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from .config import PPOConfig
 from .distributed import fill, load_whole_models, unsharded
+from .errors import first_line
 from .kernels import fuse_layers, head_is_plain, head_logprobs, replaced_head, token_entropy, token_logprobs
 
 # %% ../nbs/02_policy.ipynb #c5bfda1a
@@ -508,11 +509,15 @@ def end_tokens(lm: Decoder, tok: PreTrainedTokenizerBase) -> tuple[int, ...]:
     if isinstance(more, int): more = [more]
     return tuple(dict.fromkeys([tok.eos_token_id, *more]))
 
+def longest(config: PretrainedConfig) -> int | None: # In tokens; None: without limit
+    "What the model can read at once."
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
 def check_lengths(lm: Decoder,
                   max_prompt_length: int | None, # In tokens; None: without limit
                   max_completion_length: int):
     "`ValueError` if the model cannot read prompt and completion together."
-    limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    limit = longest(lm.config)
     wanted = (max_prompt_length or 1) + max_completion_length
     if limit and wanted > limit:
         raise ValueError(f"max_prompt_length + max_completion_length = {wanted}, but the model reads {limit} tokens")
@@ -533,7 +538,7 @@ def loading(flag: str, name: str): # Setting, and the hub name or folder it was 
     try: yield
     except (OSError, ImportError, SafetensorError, ValueError) as e:
         if type(e) is ValueError and name in str(e): raise
-        raise ValueError(f"{flag}={name} cannot be loaded: {str(e).strip().splitlines()[0]}") from e
+        raise ValueError(f"{flag}={name} cannot be loaded: {first_line(e)}") from e
     except UnpicklingError as e:
         text = "its weights are a pickle with more than weights in it, which would run code"
         raise ValueError(f"{flag}={name} is refused: {text}") from e

@@ -17,13 +17,11 @@ def apply_mask(x: Tensor,    # Any values, (B, T)
     "`x` inside the mask, 0 outside, whatever stood there."
     return torch.where(mask > 0, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
-def masked_mean(x: Tensor,              # (B, T)
-                mask: Tensor,           # (B, T)
-                dim: int | None = None, # None: one mean over all tokens
-) -> Tensor:                            # Scalar, or x without `dim`
+def masked_mean(x: Tensor,    # (B, T)
+                mask: Tensor, # (B, T)
+) -> Tensor:                  # Scalar
     "Mean over the tokens that count; 0 where there is none."
-    if dim is None: return apply_mask(x, mask).sum() / mask.sum().clamp(min=1)
-    return apply_mask(x, mask).sum(dim) / mask.sum(dim).clamp(min=1)
+    return apply_mask(x, mask).sum() / mask.sum().clamp(min=1)
 
 def masked_var(x: Tensor,              # (B, T)
                mask: Tensor,           # (B, T)

@@ -6,7 +6,7 @@
 __all__ = ['logger', 'Reward', 'Score', 'Metric', 'OWN_ARGUMENTS', 'as_messages', 'encode_pair', 'fit_pair', 'pick_label',
            'reward_name', 'RewardModel', 'load_reward_model', 'Sample', 'show', 'show_prompts', 'check_score',
            'check_scores', 'Job', 'in_parts', 'wait_for', 'listed', 'holds_rewards', 'as_reward', 'Scores', 'Judged',
-           'samples_of', 'weigh', 'weigh_tokens', 'averages', 'Rewards', 'on_first']
+           'samples_of', 'weigh', 'weigh_tokens', 'Rewards', 'on_first']
 
 # %% ../nbs/03_rewards.ipynb #8dfc1f00
 import asyncio
@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, pairwise
 from pathlib import Path
-from statistics import fmean
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -49,6 +48,7 @@ from .config import PPOConfig
 from .data import Prompt, fit, longest_prefix
 from .errors import halve_on_out_of_memory
 from .kernels import fuse_layers
+from .metrics import means
 from .models import hub_arguments, loading
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ def check_scores(scores: Any, samples: list[Sample], name: str) -> list[Score]:
     return [check_score(score, sample, name) for score, sample in zip(scores, samples)]
 
 # %% ../nbs/03_rewards.ipynb #d8165f79
-Metric = tuple[str, float] # Name and value
+Metric = dict[str, float] # Name to value
 OWN_ARGUMENTS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 @dataclass
@@ -256,7 +256,7 @@ class Job:
 
     def log_metric(self, name: str, value: float):
         "Log a number, which is averaged over the calls of an update."
-        self.metrics.append((name, float(value)))
+        self.metrics.append({name: float(value)})
 
     def start(self):
         "Call the function: in the event loop, in a thread that the program does not wait for, or here."
@@ -390,12 +390,6 @@ def weigh_tokens(judged: list[Judged],
             total[i, :len(score)] += weight * total.new_tensor(score)
     return total
 
-def averages(metrics: list[Metric]) -> dict[str, float]:
-    "Average what was given to `log_metric`, by name."
-    values = defaultdict(list)
-    for name, value in metrics: values[name].append(value)
-    return {name: fmean(found) for name, found in values.items()}
-
 # %% ../nbs/03_rewards.ipynb #19e9a0c0
 class Rewards:
     "Named, weighted reward functions that score rollouts."
@@ -460,7 +454,7 @@ class Rewards:
                       by_name=dict(zip(self.names, each)),
                       per_token=weigh_tokens(judged, self.weights, rollout.tokens.response_ids.shape[1]),
                       extra=extra,
-                      metrics=averages(metrics))
+                      metrics=means(metrics))
 
     def judge(self, samples: list[Sample], trainer_state: Any) -> tuple[list[Judged], list[Metric]]:
         "Call every function: ordinary ones in turn, then all coroutine functions together."

@@ -406,12 +406,3 @@ class Sampler:
         texts = [decode(ids[mask > 0], self.tokenizer, self.eos_token_ids, args.stop_strings)
                  for ids, mask in zip(tokens.response_ids, tokens.response_mask)]
         return Rollout(rows, [row["prompt"] for row in rows], texts, tokens, **columns)
-
-    def state_dict(self) -> dict[str, Any]:
-        "What a checkpoint needs to continue."
-        return dict(generator=self.generator.get_state(), shortened=self.shortened)
-
-    def load_state_dict(self, state: dict[str, Any]): # As `state_dict` returned it
-        "Continue where a checkpoint was saved."
-        self.generator.set_state(state["generator"])
-        self.shortened = state["shortened"]

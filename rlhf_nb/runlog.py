@@ -11,7 +11,7 @@ from transformers.trainer_callback import CallbackHandler
 from .callbacks import CompletionsCallback, completions_table
 from .config import PPOConfig
 from .diagnosis import Doctor
-from .learner import means
+from .metrics import means
 from .report import make_view
 from .rewards import Scores
 from .rollout import Rollout

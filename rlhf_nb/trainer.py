@@ -41,7 +41,8 @@ from .data import PromptOrder, check_datasets
 from .distributed import Strategy, make_strategy, process_failure
 from .errors import RunError, Skips
 from .hub import make_repo
-from .learner import Learner, add_missing, make_experience, means
+from .learner import Learner, add_missing, make_experience
+from .metrics import means, series
 from .models import check_lengths, hub_arguments, load_policy, prepare_tokenizer
 from .ppo import KLController, RunningMoments, apply_mask, explained_variance, kl_penalty, masked_mean
 from .rewards import Rewards, Scores
@@ -491,7 +492,7 @@ class PPOTrainer(Trainer):
 
     def history(self, name: str) -> list[float]: # Oldest first
         "A metric's values, one for each log entry that has it."
-        return [entry[name] for entry in self.state.log_history if name in entry]
+        return series(self.state.log_history, name)
 
     def last(self, name: str) -> float: # NaN before the first
         "A metric's newest value."

@@ -16,6 +16,7 @@ from rlhf_nb.models import (
     Sampling,
     Tokens,
     load_policy,
+    loading,
     router_coefficient,
     save_policy,
     unwrapped,
@@ -245,3 +246,7 @@ def test_a_value_head_next_to_a_named_model(tmp_path):
     save_policy(policy, tmp_path)
     for source in (load_policy(str(tmp_path), settings()), ActorCritic(tiny_policy("llama")[0], source=tmp_path)):
         assert torch.equal(source.value_head.weight, policy.value_head.weight)
+
+
+def test_an_error_without_words_is_named_by_its_kind():
+    with pytest.raises(ValueError, match="model=x cannot be loaded: OSError"), loading("model", "x"): raise OSError

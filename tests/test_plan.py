@@ -10,36 +10,22 @@ import torch
 from conftest import ROOT
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, DebertaV2Config
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
 
 from rlhf_nb.cli import main
 from rlhf_nb.config import ModelArguments, PPOConfig
 from rlhf_nb.memory import GPUS, OVER, Device, Memory, advice, dtype_on, known_gpu, lora, plan, plan_text, this_machine
 from rlhf_nb.models import load_policy
 from rlhf_nb.rewards import load_reward_model
-from rlhf_nb.testing import DECODERS, tiny_policy
+from rlhf_nb.testing import DECODERS, deberta_config, reward_tokenizer, tiny_policy
 
 sys.path.insert(0, str(ROOT/"bench"))
 from plans import SETTINGS, planned_and_measured  # noqa: E402
 
 CPU = Device("this machine", "cpu", 1e10, None, None, None, True)
 LARGE = dict(
-    vocab_size=128100,
-    hidden_size=1024,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    intermediate_size=4096,
-    relative_attention=True,
-    position_buckets=256,
-    norm_rel_ebd="layer_norm",
-    share_att_key=True,
-    pos_att_type=["p2c", "c2p"],
-    position_biased_input=False,
-    max_position_embeddings=512,
-    type_vocab_size=0,
-    pooler_hidden_size=1024,
-    num_labels=1,
-)
+    hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, position_buckets=256
+) # Of deberta-v3-large
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to tell a process's peak")
 
 
@@ -70,7 +56,11 @@ def named(tiny):
 def original(tmp_path_factory):
     "The shapes of the original notebook's models, from two config.json files."
     folder = tmp_path_factory.mktemp("original")
-    bloom, deberta = BloomConfig(vocab_size=250880, hidden_size=1024, n_layer=24, n_head=16), DebertaV2Config(**LARGE)
+    bloom, deberta = (
+        BloomConfig(vocab_size=250880, hidden_size=1024, n_layer=24, n_head=16),
+        deberta_config(reward_tokenizer(), **LARGE),
+    )
+    deberta.vocab_size = 128100
     for name, config, kind in (
         ("policy", bloom, "BloomForCausalLM"),
         ("reward", deberta, "DebertaV2ForSequenceClassification"),
@@ -99,8 +89,7 @@ def one_thread():
 
 def test_devices():
     assert known_gpu("rtx 4090").name == "RTX4090"
-    for name, text in (("A1000", "did you mean A100?"), ("abacus", "Known are T4, V100,")):
-        with pytest.raises(ValueError, match=text.replace("?", ".")): known_gpu(name)
+    with pytest.raises(ValueError, match="gpu=A1000: known are T4, V100,"): known_gpu("A1000")
     here = this_machine()
     assert (
         here.memory > 1e9
@@ -257,7 +246,7 @@ def test_what_is_wrong(named, tiny, tmp_path):
         (str(tiny[1]), "must be a decoder"),
     ):
         with pytest.raises(ValueError, match=text): plan(replace(named, model_name_or_path=name), settings(), CPU)
-    with pytest.raises(ValueError, match="did you mean T4"): plan_text(named, settings(), "T44")
+    with pytest.raises(ValueError, match="gpu=T44: known are T4, V100,"): plan_text(named, settings(), "T44")
 
 
 def test_the_originals_run_fits_a_t4(original, on_t4):

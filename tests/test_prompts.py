@@ -151,7 +151,7 @@ def taken(order, n): return [int(row["prompt"]) for row in order.take(n)]
 def test_the_order_is_that_of_the_first_version():
     order = PromptOrder(numbered(7), seed=3)
     assert [taken(order, 5) for _ in range(3)] == [[5, 6, 2, 1, 4], [3, 0, 2, 1, 4], [0, 5, 6, 3, 4]]
-    assert order.seen == 15 and order.epochs == 15 / 7
+    assert (order.seen, order.epoch, order.place) == (15, 2, 1)
 
 
 KINDS = dict(dataset=numbered, stream=lambda n: numbered(n).to_iterable_dataset(num_shards=min(n, 2)))

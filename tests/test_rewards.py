@@ -460,7 +460,7 @@ def test_a_process_that_holds_rewards_scores_for_others(monkeypatch):
         monkeypatch,
         1,
         [samples("a"), samples("ddd", "e")],
-        [(judged((9.0, 0.0), ([2.0] * 4, 0.0)), [("asked", 2)], None), ([], [], None)],
+        [(judged((9.0, 0.0), ([2.0] * 4, 0.0)), [dict(asked=2)], None), ([], [], None)],
     )
     scores = make(level, seen, reward_processes=2)(rolled(["bb", "c"], ["bbbb", "cc"], level=[2, 1]))
     assert asked == ["c", "ddd", "e"]

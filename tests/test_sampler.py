@@ -274,18 +274,18 @@ def test_arguments_of_the_chat_template_are_passed_on():
     assert prompts[True] == [f"<user>{t}<think><assistant>" for t in TEXTS]
 
 
-def test_state_dict_continues_the_random_numbers():
+def test_the_state_of_the_generator_continues_the_random_numbers():
     policy, tok = policy_for("bloom")
     sampler = sampler_for(policy, tok)
     sampler(STRINGS)
-    state = sampler.state_dict()
+    state = sampler.generator.get_state()
     following = sampler(STRINGS)
     other = sampler_for(policy, tok, seed=99)
-    other.load_state_dict(state)
+    other.generator.set_state(state)
     assert torch.equal(other(STRINGS).tokens.response_ids, following.tokens.response_ids)
-    greedy, state = sampler(STRINGS, greedy=True), sampler.state_dict()["generator"]
+    greedy, state = sampler(STRINGS, greedy=True), sampler.generator.get_state()
     sampler(STRINGS, torch.Generator().manual_seed(1))
-    assert torch.equal(state, sampler.state_dict()["generator"]), "only its own random numbers advance"
+    assert torch.equal(state, sampler.generator.get_state()), "only its own random numbers advance"
     assert greedy.completions != following.completions
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from test_cli import short
 from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 from rlhf_nb.cli import NAMES, main
@@ -151,36 +151,8 @@ def world(tmp_path_factory):
         (at/f"d_{name}"/("data.json" if "batch" not in text and text != "- 1" else "run.yaml")).write_text(text)
     (at/"d_binary").mkdir(); (at/"d_binary"/"data.json").write_bytes(bytes(range(256)))
     (at/"file").write_text("x")
-    flags = [
-        "train",
-        "--model_name_or_path",
-        at / "policy",
-        "--reward_model_name_or_path",
-        at / "reward",
-        "--train_file_dir",
-        ROOT / "data" / "finetune",
-        "--do_train",
-        "--batch_size",
-        4,
-        "--mini_batch_size",
-        2,
-        "--max_target_length",
-        8,
-        "--max_source_length",
-        96,
-        "--max_steps",
-        1,
-        "--save_steps",
-        1,
-        "--min_target_length",
-        1,
-        "--torch_dtype",
-        "float32",
-        "--disable_tqdm",
-        "--log_with",
-        "none",
-    ]
-    main([str(f) for f in [*flags, "--output_dir", at/"run"]])
+    flags = short(at/"policy", at/"reward", at/"run", "--max_steps", 1, "--min_target_length", 1, "--log_with", "none")
+    main([str(f) for f in flags])
     main([str(f) for f in [*flags, "--output_dir", at/"torn"]])
     (at/"torn"/"checkpoint-1"/"value_head.safetensors").unlink()
     return at, flags
