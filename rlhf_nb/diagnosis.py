@@ -102,21 +102,24 @@ def ends_at_once(run: Diagnosis) -> dict | None:
     if run.now("completions/clipped_ratio") == 0 and now <= shortest < before: return dict(before=before, now=now)
 
 # %% ../nbs/08_diagnosis.ipynb #c7335264
-def held_out(run: Diagnosis) -> tuple[str, list[float]]: # Its key and its values, oldest first
-    "What should have risen with the reward."
+def held_out(run: Diagnosis) -> tuple[str, list[float], float]: # Its key, its values, oldest first, and their error
+    "What should have risen with the reward; of training batches, which vary by chance, means of tenths of the run."
     for key in (f"eval_{TRUE_REWARD}", TRUE_REWARD, "eval_reward"):
-        values, is_training = run.logged[key], key == TRUE_REWARD
-        if is_training: values = [tenth.mean() for tenth in np.array_split(values, 10) if len(tenth)]
-        if len(values) > 1 + is_training: return key, values
-    return "", []
+        values, error = run.logged[key], 0.
+        if key == TRUE_REWARD:
+            tenths = np.array_split(values, 10) if len(values) >= 50 else []
+            values = [tenth.mean() for tenth in tenths]
+            if values: error = mean(tenth.std(ddof=1) / len(tenth) ** .5 for tenth in tenths)
+        if len(values) > 1: return key, values, error
+    return "", [], 0.
 
 def exploited(run: Diagnosis) -> dict | None:
     "The reward rises, what it stands for falls."
     before, now, spread = run.first("reward", 5), run.now("reward"), run.first("reward_std", 5)
-    key, unseen = held_out(run) if now > before + .5 * spread else ("", [])
+    key, unseen, error = held_out(run) if now > before + .5 * spread else ("", [], 0.)
     if not unseen: return None
     best, latest = max(unseen), mean(unseen[-2:]) if len(unseen) > 2 else unseen[-1]
-    if best - latest > max(.3 * (best - unseen[0]), .05 * abs(best)):
+    if best - latest > max(.3 * (best - unseen[0]), .05 * abs(best), 5 * error):
         return dict(before=before, now=now, key=key, best=best, newest=unseen[-1])
 
 def rewards_alike(run: Diagnosis) -> dict | None:
