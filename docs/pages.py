@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+from decoders import decoders_table
 from metrics import metrics_table
 from nbformat import NotebookNode
 from settings import settings_table
@@ -64,7 +65,7 @@ def contents(caption: str, pages: list[str]) -> str:
 def write(folder: Path):
     "The sources, for Sphinx."
     (folder/"api").mkdir(parents=True)
-    tables = dict(settings=settings_table(), metrics=metrics_table())
+    tables = dict(settings=settings_table(), metrics=metrics_table(), decoders=decoders_table())
     for name in book(): nbformat.write(readable(read(NBS/f"{name}.ipynb")), folder/f"{name}.ipynb")
     index = readable(read(NBS/"index.ipynb"))
     api = [f"api/{module}" for module in modules()]

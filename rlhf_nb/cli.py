@@ -51,9 +51,18 @@ from .config import (
 )
 from .data import find_files, load_prompts
 from .distributed import PeerLost, first_to_report, process_failure, tell_launcher
-from .errors import RunError, first_line
+from .errors import RunError
 from .memory import GPUS, lora, plan_text
-from .models import check_model, hub_arguments, load_decoder, load_tokenizer, loading, merge_adapter, with_adapter
+from .models import (
+    check_model,
+    check_whole,
+    hub_arguments,
+    load_decoder,
+    load_tokenizer,
+    loading,
+    merge_adapter,
+    with_adapter,
+)
 from .page import write_report
 from .report import curves, in_notebook, samples_table, summarise, summary_table
 from .rollout import Rollout
@@ -350,7 +359,9 @@ def launch(told: argparse.Namespace): # What `accelerate launch` is told
 
 def check_settings(model_args: ModelArguments, data_args: DataArguments, args: PPOConfig):
     "`ValueError` for what can be seen to be wrong before anything is loaded."
-    for name in ("model_name_or_path", "reward_model_name_or_path"): check_model(name, getattr(model_args, name))
+    for name in ("model_name_or_path", "reward_model_name_or_path"):
+        check_model(name, getattr(model_args, name))
+        check_whole(name, getattr(model_args, name))
     if not (args.do_train or args.do_eval): raise ValueError("Nothing to do: give --do_train, --do_eval, or both")
     if args.do_train: check_output_dir(args.output_dir, args.overwrite_output_dir, bool(args.resume_from_checkpoint))
     for path in filter(None, (data_args.train_file_dir, data_args.validation_file_dir)): find_files(path)
@@ -607,10 +618,7 @@ def merge(argv: list[str]):
     if not (Path(adapter) / "adapter_config.json").exists():
         raise ValueError(f"peft_model_path={adapter} has no adapter_config.json")
     with loading("base_model_name_or_path", base):
-        try:
-            merge_adapter(base, adapter, args.output_dir, args.dtype, args.cache_dir, args.trust_remote_code)
-        except RuntimeError as e:
-            raise ValueError(f"{adapter} is no adapter of {base} ({first_line(e)})") from e
+        merge_adapter(base, adapter, args.output_dir, args.dtype, args.cache_dir, args.trust_remote_code)
     logger.info("Saved to %s", args.output_dir)
 
 
@@ -717,13 +725,15 @@ def main(argv: list[str] | None = None): # Default: the program's own
     quietly = ["--disable_tqdm", "True"] * (told.quiet and command in ("train", "demo", "plan", "eval"))
     try: COMMANDS[command].run([*argv[1:], *quietly])
     except KeyboardInterrupt: sys.exit(130)
-    except (ValueError, OSError, ImportError, RunError, PeerLost) as e:
+    except Exception as e:
         if told.debug: traceback.print_exc()
         lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         text = " ".join(lines[:2])
+        if not isinstance(e, (ValueError, OSError, ImportError, RunError, PeerLost)): # Of a model, of a tracker
+            text = f"{type(e).__name__}: {text} (--debug shows where)"
         tell_launcher(text)
         if first_to_report("error"): print(f"rlhf-nb {command}: {text}", file=sys.stderr)
-        sys.exit(1 if isinstance(e, RuntimeError) else 2)
+        sys.exit(1 if isinstance(e, (RunError, PeerLost)) else 2)
 
 
 if __name__ == "__main__": main()

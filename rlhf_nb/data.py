@@ -6,8 +6,8 @@
 __all__ = ['logger', 'Rows', 'SUFFIXES', 'Messages', 'Prompt', 'ROLES', 'HEADER', 'find_files', 'BadRow', 'parse_json',
            'read_text', 'csv_rows', 'line_rows', 'with_places', 'read_rows', 'need', 'from_turns', 'normalise',
            'alpaca_prompt', 'template_kwargs', 'chat_prompt', 'encode_prompt', 'longest_prefix', 'fit',
-           'without_system', 'preparer', 'load_split', 'file_rows', 'load_prompts', 'PromptOrder', 'check_dataset',
-           'check_datasets']
+           'without_system', 'preparer', 'storable_columns', 'load_split', 'file_rows', 'load_prompts', 'PromptOrder',
+           'check_dataset', 'check_datasets']
 
 # %% ../nbs/01_data.ipynb #0b7067c4
 import csv
@@ -67,6 +67,7 @@ def read_text(path: Path) -> str:
 # %% ../nbs/01_data.ipynb #671470ca
 def csv_rows(path: Path) -> Rows:
     "Read the rows of a CSV file with a header."
+    csv.field_size_limit(2 ** 31 - 1) # Python's own limit is 131,072 characters
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
         for row in reader:
@@ -137,14 +138,21 @@ def normalise(row: Any, # One row, of any schema
         need(prompt.strip(), "prompt is empty")
         return prompt
     if prompt is not None: return from_turns(prompt, "role", "content")
-    if row.get("conversations") is not None: return from_turns(row["conversations"], "from", "value")
+    system = row.get("system") or row.get("system_prompt")
+    before = [dict(role="system", content=system)] if isinstance(system, str) and system.strip() else []
+    for turn in row.get("history") or []: # Of LLaMA-Factory: [question, answer]
+        need(isinstance(turn, (list, tuple)) and [*map(type, turn)] == [str, str], "history must be pairs of texts")
+        before += [dict(role=role, content=text) for role, text in zip(("user", "assistant"), turn)]
+    if row.get("conversations") is not None:
+        turns = from_turns(row["conversations"], "from", "value")
+        return turns if turns[0]["role"] == "system" else before + turns
     instruction = row.get("instruction")
     more = row.get("input") or ""
     need(instruction is not None,
          f"no prompt, instruction or conversations; it has {', '.join(map(str, row)) or 'nothing'}")
     need(isinstance(instruction, str) and isinstance(more, str), "instruction and input must be text")
     need(instruction.strip(), "instruction is empty")
-    return [dict(role="user", content=f"{instruction}\n{more}" if more else instruction)]
+    return [*before, dict(role="user", content=f"{instruction}\n{more}" if more else instruction)]
 
 # %% ../nbs/01_data.ipynb #ce20e495
 HEADER = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -219,9 +227,10 @@ def fit(prompt: Prompt,                # Text to use unchanged, or messages that
 
     def cut(text): return system + [dict(turns[-1], content=text)]
 
-    if not fits(cut("")): system = []
-    if not fits(cut("")):
-        raise ValueError(f"max_prompt_length={max_length} is shorter than the template ({size(cut(''))} tokens)")
+    least = turns[-1]["content"][:1] # A template may refuse an empty message
+    if not fits(cut(least)): system = []
+    if not fits(cut(least)):
+        raise ValueError(f"max_prompt_length={max_length} is shorter than the template ({size(cut(least))} tokens)")
     return cut(longest_prefix(turns[-1]["content"], lambda text: fits(cut(text))))
 
 # %% ../nbs/01_data.ipynb #715772b0
@@ -252,7 +261,8 @@ def preparer(template: str,                              # "alpaca", "chat", or 
         try:
             kept = fit(source, size, max_length) if tokenizer and max_length else source
             done = row | dict(prompt=render(kept), _cut=kept != source)
-        except TemplateError as e: raise BadRow(f"{where}: the chat template refuses it ({e})") from None
+        except (TemplateError, TypeError, KeyError, AttributeError) as e: # Templates are programs
+            raise BadRow(f"{where}: the chat template refuses it ({first_line(e)})") from None
         if not isinstance(row.get("question"), str):
             done["question"] = kept if isinstance(kept, str) else without_system(kept)
         turns = row.get("conversations")
@@ -262,6 +272,18 @@ def preparer(template: str,                              # "alpaca", "chat", or 
     return ready
 
 # %% ../nbs/01_data.ipynb #870733c5
+def storable_columns(rows: list[dict], source: str) -> dict[str, list]: # Where rows are from, for the warning
+    "Turn rows into columns, without those that Arrow cannot store: types that change from row to row, huge numbers."
+    columns = {}
+    for name in dict.fromkeys(chain(*rows)):
+        column = [row.get(name) for row in rows]
+        try: Dataset.from_dict({name: column})
+        except (TypeError, ValueError, OverflowError) as e:
+            if name == "prompt": raise
+            logger.warning("%s: the column %s is left out, it cannot be stored (%s)", source, name, first_line(e))
+        else: columns[name] = column
+    return columns
+
 def load_split(rows: Rows,
                source: str,                       # Where they are from, for the error
                on_bad_row: str,                   # "error" or "skip"
@@ -287,10 +309,7 @@ def load_split(rows: Rows,
     kept = list(first.values())
     logger.info("%s: %d prompts; dropped: %d duplicates, %d bad rows; shortened: %d",
                 source, len(kept), good - len(kept), bad, sum(row.pop("_cut") for row in kept))
-    kept[0] = dict.fromkeys(chain(*kept)) | kept[0] # Rows may have different columns; the first names all
-    try: return Dataset.from_list(kept).shuffle(seed=seed)
-    except (TypeError, ValueError, OverflowError) as e:
-        raise ValueError(f"{source}: a column mixes types: {first_line(e)}") from None
+    return Dataset.from_dict(storable_columns(kept, source)).shuffle(seed=seed)
 
 # %% ../nbs/01_data.ipynb #f0daf278
 def file_rows(path: str | Path) -> Rows:

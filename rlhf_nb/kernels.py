@@ -13,8 +13,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomMLP
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 
@@ -462,16 +462,23 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (space[:, :, :end] for space in self.space)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor):
+    def reorder_cache(self, beam_idx: Tensor):
         "Keep some rows."
-        self.space = [space[indices] for space in self.space]
+        self.space = [space[beam_idx] for space in self.space]
         self.set_views(self.get_seq_length())
 
 
-def preallocated_cache(config: PretrainedConfig,
-                       length: int,              # Tokens
-) -> DynamicCache:
-    "A key-value cache that is not copied to grow; sliding windows keep their own kind."
-    cache = DynamicCache(config=config)
-    cache.layers = [PreallocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+def preallocate(cache: Cache, # As a model has made it
+                length: int,  # Tokens
+):
+    "Give keys and values space for all tokens, so that they are not copied to grow; other kinds of layers stay."
+    for i, layer in enumerate(getattr(cache, "layers", [])):
+        if type(layer) is not DynamicLayer or not layer.is_initialized: continue
+        cache.layers[i] = PreallocatedLayer(length)
+        cache.layers[i].update(layer.keys, layer.values)
+
+
+def drops_rows(cache: Cache) -> bool:
+    "Do all of its layers keep only the rows that `reorder_cache` names? Layers that models define may hold more."
+    parts = [cache, *getattr(cache, "layers", [])]
+    return all(type(part).__module__ in (DynamicLayer.__module__, __name__) for part in parts)

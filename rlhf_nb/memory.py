@@ -23,12 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark.utils.timer import timer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.initialization import no_init_weights
 from transformers.trainer_pt_utils import get_model_param_count
 from trl import get_peft_config
 
 from . import kernels
 from .config import ModelArguments, PPOConfig, has_bf16
-from .kernels import CHUNK, fuse_layers, packed_for_generation, preallocated_cache, replaced_head
+from .kernels import CHUNK, fuse_layers, packed_for_generation, preallocate, replaced_head
 from .learner import recomputed
 from .models import (
     ActorCritic,
@@ -143,6 +145,8 @@ def known_result(name: str, x: Any = None, y: Any = None, z: Any = None) -> Any:
         case "_local_scalar_dense": return x.dtype == torch.bool or 1
         case "nonzero": return x.new_empty(x.numel(), x.ndim, dtype=torch.long)
         case "_reorder_linear_weight": return x.new_empty(x.shape)
+        case "split_with_sizes" if sum(y) != x.shape[z or 0]: # By counts of tokens
+            return x.split_with_sizes([x.shape[z or 0], *[0] * (len(y) - 1)], z or 0)
         case "qlinear_prepack": return x.new_empty(x.shape[::-1])
         case "_grouped_mm": # Of a mixture of experts; in any type
             return x.new_empty(*[len(z)] * (y.ndim == 2), len(x), y.shape[-1])
@@ -184,6 +188,7 @@ def make_policy(
     check_decoder(config, model_args.model_name_or_path)
     kwargs = dict(dtype=dtype if model_args.use_peft else torch.float32, trust_remote_code=args.trust_remote_code)
     lm = AutoModelForCausalLM.from_config(config, **kwargs)
+    lm.tie_weights() # Which does not happen without an initialization
     seen = []
 
     def first(hidden: Tensor) -> Tensor:
@@ -200,6 +205,7 @@ def make_policy(
     policy = ActorCritic(lm, critic=args.critic, reference=bool(model_args.peft_path))
     if args.beta > 0 and not model_args.use_peft:
         policy.ref_lm = fuse_layers(AutoModelForCausalLM.from_config(config, **kwargs)).requires_grad_(False)
+        policy.ref_lm.tie_weights()
     policy.plain_head = policy.plain_head and unchanged
     return policy
 
@@ -264,20 +270,23 @@ class Rehearsal:
     @torch.no_grad()
     def generate(self):
         "Read the prompts, then sample one token with a full cache."
-        full, n = preallocated_cache(self.lm.config, self.length), self.length - 1
-        with self.cast, patch.multiple(self.memory, part="cache", phase="filling"): self.next_token(full, n, n)
+        n = self.length - 1
+        with self.cast, patch.multiple(self.memory, part="cache", phase="filling"):
+            full = self.next_token(None, n, n)
+            preallocate(full, self.length)
         with self.cast, ExitStack() as packed:
             with patch.object(self.memory, "part", "packed weights"):
                 if self.device.kind == "cpu":
                     packed.enter_context(packed_for_generation(self.lm, self.rows, self.args.rollout_int8))
-            self.next_token(preallocated_cache(self.lm.config, self.prompt), self.prompt, self.prompt)
-            self.next_token(full, 1, self.length)
+            self.next_token(None, self.prompt, self.prompt)
+            self.next_token(full, self.length if full is None else 1, self.length)
 
-    def next_token(self, cache: Any, new: int, seen: int): # Tokens
-        "Sample it."
+    def next_token(self, cache: Cache | None, new: int, seen: int) -> Cache | None: # Tokens
+        "Sample it; the cache as it is afterwards."
         mask = torch.ones(self.rows, seen, dtype=torch.long)
-        logits = self.policy.next_logits(mask[:, -new:], mask, cache)
+        logits, cache = self.policy.next_logits(mask[:, -new:], mask, cache)
         sample_tokens(sampling_logits(logits, self.sampling)[:, 0], torch.rand(self.rows))
+        return cache
 
     @torch.no_grad()
     def logprobs(self):
@@ -365,7 +374,7 @@ def plan(model_args: ModelArguments, args: PPOConfig, device: Device) -> Plan:
     memory, cast = Memory(ours.get_text_config().vocab_size), torch.autocast("cpu", dtype, dtype != torch.float32)
     # Nothing is moved: all fake tensors are on one device
     stay = patch.object(nn.Module, "to", lambda module, *_, **__: module)
-    with FakeTensorMode(allow_non_fake_inputs=True), memory, stay:
+    with FakeTensorMode(allow_non_fake_inputs=True), memory, stay, no_init_weights():
         with cast: policy = make_policy(model_args, args, ours, dtype)
         reward = AutoModelForSequenceClassification.from_config(
             judges, dtype=dtype, trust_remote_code=args.trust_remote_code

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'Reward', 'Score', 'Metric', 'OWN_ARGUMENTS', 'as_messages', 'encode_pair', 'fit_pair', 'pick_label',
-           'reward_name', 'RewardModel', 'load_reward_model', 'Sample', 'show', 'show_prompts', 'check_score',
-           'check_scores', 'Job', 'in_parts', 'wait_for', 'listed', 'holds_rewards', 'as_reward', 'Scores', 'Judged',
-           'samples_of', 'weigh', 'weigh_tokens', 'Rewards', 'on_first']
+           'reward_name', 'positions_after_padding', 'RewardModel', 'load_reward_model', 'Sample', 'show',
+           'show_prompts', 'check_score', 'check_scores', 'Job', 'in_parts', 'wait_for', 'listed', 'holds_rewards',
+           'as_reward', 'Scores', 'Judged', 'samples_of', 'weigh', 'weigh_tokens', 'Rewards', 'on_first']
 
 # %% ../nbs/03_rewards.ipynb #8dfc1f00
 import asyncio
@@ -49,7 +49,7 @@ from .data import Prompt, fit, longest_prefix
 from .errors import halve_on_out_of_memory
 from .kernels import fuse_layers
 from .metrics import means
-from .models import hub_arguments, loading
+from .models import check_whole, hub_arguments, loading
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,12 @@ def reward_name(reward: Reward) -> str:
     if isinstance(reward, nn.Module): reward = get_config_model_id(reward.config) or type(reward).__name__
     return Path(reward).name if isinstance(reward, str) else get_callable_name(reward)
 
+def positions_after_padding(model: nn.Module) -> float: # Infinity: there is no such table
+    "Return the tokens that fit into a table of positions that begins after the padding's, as RoBERTa's does."
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    return min((len(m.weight) - m.padding_idx - 1 for m in tables if getattr(m, "padding_idx", None) is not None),
+               default=math.inf)
+
 class RewardModel:
     "A sequence classifier as a reward function."
     def __init__(self,
@@ -121,8 +127,9 @@ class RewardModel:
         self.label = pick_label(model.config, label)
         self.__name__ = reward_name(model)
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        longest = getattr(config, "max_position_embeddings", None)
-        self.max_length = min(tokenizer.model_max_length, longest or math.inf)
+        longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+        self.max_length = min(tokenizer.model_max_length, longest or math.inf, positions_after_padding(model))
+        self.pads = None # Does the model take padding? Not known before there is some
         if isinstance(model, PreTrainedModel): fuse_layers(model)
         # Not EOS where there is a choice: a decoder's score is read at the last token that is no pad
         other = tokenizer.unk_token or tokenizer.bos_token or tokenizer.eos_token
@@ -142,15 +149,33 @@ class RewardModel:
         keys = [tuple(pair["input_ids"]) for pair in pairs]
         unique = dict(zip(keys, pairs))
         todo = sorted(unique, key=len)
-        device = next(self.model.parameters()).device
         scores = {}
         while batch := todo[len(scores):len(scores) + self.batch_size]:
-            inputs = self.tokenizer.pad([unique[key] for key in batch], padding_side="right", return_tensors="pt")
-            try: scores |= zip(batch, self.model(**inputs.to(device)).logits[:, self.label].float().tolist())
+            if self.pads is False: batch = [key for key in batch if len(key) == len(batch[0])]
+            encoded = [unique[key] for key in batch]
+            try:
+                found = self.scores(encoded)
+                if self.pads is None and len(batch[0]) < len(batch[-1]):
+                    some = {i for i in (0, len(batch) // 3, 2 * len(batch) // 3) if len(batch[i]) < len(batch[-1])}
+                    self.pads = all(self.alike(found[i], *self.scores([encoded[i]])) for i in some)
+                    if not self.pads: continue # By length
             except RuntimeError as e:
                 self.batch_size = halve_on_out_of_memory(e, len(batch), saves="a smaller reward_batch_size",
                                                          otherwise="a smaller reward model", in_step=False)
+            else: scores |= zip(batch, found)
         return [scores[key] for key in keys]
+
+    def scores(self, pairs: list[BatchEncoding]) -> list[float]:
+        "Score encoded pairs in one pass."
+        inputs = self.tokenizer.pad(pairs, padding_side="right", return_tensors="pt")
+        return self.model(**inputs.to(next(self.model.parameters()).device)).logits[:, self.label].float().tolist()
+
+    def alike(self, padded: float, alone: float) -> bool:
+        "Return whether a score is the same with padding as without; say so where it is not."
+        exact = next(self.model.parameters()).dtype == torch.float32
+        same = math.isclose(padded, alone, rel_tol=1e-4 if exact else .05, abs_tol=1e-4 if exact else .05)
+        if not same: logger.info("%s reads padding: only pairs of equal length are scored together", self.__name__)
+        return same
 
 # %% ../nbs/03_rewards.ipynb #6076e98a
 def load_reward_model(name: str,                                        # Hub name or folder
@@ -164,12 +189,17 @@ def load_reward_model(name: str,                                        # Hub na
 ) -> RewardModel:
     "Load a sequence classifier and its tokenizer."
     common = dict(cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    check_whole("reward model", name)
     config = AutoConfig.from_pretrained(name, **common)
     kind = " ".join(config.architectures or ["ForSequenceClassification"])
     if "ForSequenceClassification" not in kind and "RewardModel" not in kind:
         raise ValueError(f"{name} is a {kind}, not a sequence classifier: it has no trained score")
     pick_label(config, options.get("label"))
-    model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=dtype, **common).to(device)
+    load = AutoModelForSequenceClassification.from_pretrained
+    model, info = load(name, config=config, dtype=dtype, output_loading_info=True, **common)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{name} has no weights for {', '.join(missing[:3])}: its scores would be random")
+    model = model.to(device)
     return RewardModel(model, tokenizer or AutoTokenizer.from_pretrained(name, **common), **options)
 
 # %% ../nbs/03_rewards.ipynb #af45c1b1

@@ -39,7 +39,7 @@ from transformers.generation import (
 from .config import PPOConfig
 from .data import encode_prompt, template_kwargs
 from .errors import halve_on_out_of_memory
-from .kernels import packed_for_generation, preallocated_cache, token_logprobs
+from .kernels import drops_rows, packed_for_generation, preallocate, token_logprobs
 from .models import ActorCritic, Sampling, Tokens, end_tokens, sampling_logits, unwrapped
 from .ppo import apply_mask
 from .tables import table
@@ -97,6 +97,7 @@ def encode_prompts(rows: list[dict],                   # Each with a `prompt`: t
                    tokenizer: PreTrainedTokenizerBase, # The policy's
                    args: PPOConfig,
                    device: torch.device,
+                   known: float = math.inf,            # Tokens that the model has embeddings for
 ) -> tuple[list[Tensor], int]:                         # Ids, 1-D, and the number of shortened prompts
     "Tokenize prompts; one that is too long loses its beginning."
     queries = []
@@ -104,6 +105,9 @@ def encode_prompts(rows: list[dict],                   # Each with a `prompt`: t
     for row in rows:
         encode = partial(encode_prompt, row["prompt"], tokenizer, **template_kwargs(row, args.chat_template_kwargs))
         ids = encode(max_length=args.max_prompt_length)
+        if (most := max(ids, default=0)) >= known:
+            raise ValueError(f"{tokenizer.convert_ids_to_tokens(most)!r} is token {most}, and the model has embeddings "
+                             f"for {known}: resize_token_embeddings, or use its own tokenizer")
         shortened += len(ids) == args.max_prompt_length and len(encode()) > len(ids)
         queries.append(torch.tensor(ids, device=device))
     return queries, shortened
@@ -180,38 +184,39 @@ def generate(policy: ActorCritic,
     logprobs = torch.zeros(completions.shape, device=device)
     sampled = torch.zeros_like(completions)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
-    cache = preallocated_cache(policy.lm.config, sequences.shape[1])
-    rows = torch.arange(B, device=device)
-    ids = query_ids
-    mask = query_mask.long()
+    rows = on = torch.arange(B, device=device) # In the cache, and which of these have not ended
+    ids, mask, cache = query_ids, query_mask.long(), None
     for t in range(generation.max_length):
         if anyone and t: anyone(True)
-        logits = policy.next_logits(ids, mask, cache)[:, 0]
+        logits, cache = policy.next_logits(ids, mask, cache)
+        if t == 0: preallocate(cache, sequences.shape[1])
+        logits = logits[:, 0]
         if generation.processors:
             so_far = zip(sequences[rows, :P + t], mask, logits.float())
             logits = torch.cat([generation.processors(x[real > 0][None], row[None]) for x, real, row in so_far])
         logits = sampling_logits(logits[:, None], generation.sampling, start=t)[:, 0]
         if uniforms is None:
             new = logits.argmax(-1)
-            logprobs[rows, t] = token_logprobs(logits, new)
+            found = token_logprobs(logits, new)
         else:
             for warper in generation.warpers: logits = warper(None, logits)
-            new, logprobs[rows, t] = sample_tokens(logits, uniforms[rows, t])
-        completions[rows, t] = new
-        sampled[rows, t] = 1
-        done = torch.isin(new, eos)
-        if generation.stop: done |= generation.stop(completions[rows, :t + 1])
-        ended[rows] = done
-        on = (~done).nonzero()[:, 0]
+            new, found = sample_tokens(logits, uniforms[rows, t])
+        at = rows[on]
+        completions[at, t], logprobs[at, t], sampled[at, t] = new[on], found[on], 1
+        done = torch.isin(new[on], eos)
+        if generation.stop: done |= generation.stop(completions[at, :t + 1])
+        ended[at] = done
+        on = on[~done]
         if len(on) == 0: break
-        if len(on) < len(rows):
+        if len(on) < len(rows) and (cache is None or drops_rows(cache)):
             rows, new, mask = rows[on], new[on], mask[on]
-            cache.batch_select_indices(on)
-        ids = new[:, None]
+            if cache is not None: cache.reorder_cache(on)
+            on = torch.arange(len(rows), device=device)
+        ids = sequences[rows, :P + t + 1] if cache is None else new[:, None]
         mask = F.pad(mask, (0, 1), value=1)
     for _ in range(t + 1, generation.max_length):
         if not (anyone and anyone(False)): break
-        policy.next_logits(query_ids[:1], query_mask[:1], preallocated_cache(policy.lm.config, P))
+        policy.next_logits(query_ids[:1], query_mask[:1], None)
     return Generated(*(x[:, :t + 1] for x in (completions, sampled, logprobs)), ended)
 
 # %% ../nbs/04_rollout.ipynb #613147df
@@ -323,7 +328,15 @@ class Sampler:
         self.client = client
         self.generator = torch.Generator().manual_seed(args.seed)
         ends = (args.generation_kwargs or {}).get("eos_token_id", end_tokens(policy.lm, tokenizer))
-        self.eos_token_ids = (ends,) if isinstance(ends, int) else tuple(ends) # Tokens that end a completion
+        self.known = policy.lm.get_input_embeddings().weight.shape[0] # Tokens that the model has embeddings for
+        ends = [ends] if isinstance(ends, int) else ends
+        self.eos_token_ids = tuple(i for i in ends if i < self.known) # Tokens that end a completion
+        if len(self.eos_token_ids) < len(ends):
+            logger.warning("EOS tokens %s, but the model has embeddings for %d: %s count", [*ends], self.known,
+                           [*self.eos_token_ids])
+        if not self.eos_token_ids:
+            raise ValueError(f"EOS is token {ends[0]}, and the model has embeddings for {self.known}: "
+                             "resize_token_embeddings, or use the tokenizer that came with it")
         self.limit = math.inf  # Prompts at once, as far as memory is known to suffice
         self.shortened = 0     # Prompts that were longer than max_prompt_length, so far
         self.device = policy.value_head.weight.device
@@ -344,7 +357,8 @@ class Sampler:
         args = self.args
         stop = stopper(self.tokenizer, args.stop_strings) if args.stop_strings else None
         settings = {} if self.client else generation_settings(args)
-        return Generation(self.sampling, args.max_completion_length, self.tokenizer.pad_token_id, stop,
+        pad = min(self.tokenizer.pad_token_id, self.known - 1)
+        return Generation(self.sampling, args.max_completion_length, pad, stop,
                           *(logits_processors(settings, kinds) for kinds in (PROCESSORS, WARPERS)))
 
     @property
@@ -361,7 +375,7 @@ class Sampler:
     ) -> Rollout:
         "Complete every prompt."
         args = self.args
-        queries, shortened = encode_prompts(rows, self.tokenizer, args, self.device)
+        queries, shortened = encode_prompts(rows, self.tokenizer, args, self.device, self.known)
         if shortened and not self.shortened:
             logger.warning("%d of %d prompts are longer than max_prompt_length=%d tokens: their beginning is cut",
                            shortened, len(rows), args.max_prompt_length)

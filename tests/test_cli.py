@@ -202,7 +202,7 @@ def test_merge_with_another_base_is_an_error(tiny, tmp_path, capsys):
             tmp_path / "merged",
         )
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and "is no adapter of" in err and not (tmp_path/"merged").exists()
+    assert stop.value.code == 2 and "is not an adapter of" in err and not (tmp_path/"merged").exists()
 
 
 def test_damaged_weights_are_an_error(tiny, tmp_path, capsys):

@@ -371,7 +371,7 @@ def test_wrong_ways_to_start_several_processes(line, text):
         ("report nowhere --quiet", "rlhf-nb report: "),
         (
             f"plan --gpu A1000 --model_name_or_path {CLINIC}/policy --reward_model_name_or_path {CLINIC}/reward",
-            "did you mean A100?",
+            "known are T4, V100,",
         ),
         ("completion perl", "rlhf-nb completion: perl: must be one of bash"),
         ("train --model_name_or_path ./nowhere", "rlhf-nb train: model_name_or_path=./nowhere: no such folder"),

@@ -23,7 +23,7 @@ from rlhf_nb.kernels import (
     int8_linear,
     packed_for_generation,
     packs,
-    preallocated_cache,
+    preallocate,
     split_heads,
     token_entropy,
     token_logprobs,
@@ -208,9 +208,11 @@ def test_a_preallocated_cache_is_transformers_cache(arch):
     mask[0, :2] = 0
     keep = torch.tensor([0, 2])
     results = []
-    for cache in (DynamicCache(config=model.config), preallocated_cache(model.config, 24)):
+    for change in (lambda cache, length: None, preallocate):
+        cache = DynamicCache(config=model.config)
         model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
-        cache.batch_select_indices(keep)
+        change(cache, 24)
+        cache.reorder_cache(keep)
         for n in (21, 22, 23):
             out = model(ids[keep, n - 1:n], attention_mask=mask[keep, :n], past_key_values=cache).logits
         results.append(out)

@@ -149,7 +149,8 @@ def test_equal_pairs_are_scored_once_and_less_memory_is_enough():
 
     reward.model.register_forward_pre_hook(note, with_kwargs=True)
     together = reward(QUESTIONS, ANSWERS)
-    assert reward(QUESTIONS * 2, ANSWERS * 2) == together * 2 and read == [2, 1, 2, 1]
+    assert reward(QUESTIONS * 2, ANSWERS * 2) == together * 2
+    assert read == [2, 1, 1, 2, 1], "the second one looks whether padding changes a score"
     room[0] = 1
     assert reward(QUESTIONS, ANSWERS) == pytest.approx(together, abs=1e-5)
     assert reward.batch_size == 1
