@@ -385,6 +385,7 @@ def check_decoder(config: PretrainedConfig,
     if config.is_encoder_decoder or text.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder ({config.model_type}); the policy must be a decoder")
     bidirectional = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    bidirectional = bidirectional or config.model_type == "reformer" # Its attention by hashing sees later tokens
     if bidirectional or not (is_causal(config, model) or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         raise ValueError(f"{name} ({config.model_type}) is not a causal language model; the policy must be a decoder")
     if text is not config: logger.info("%s is multimodal (%s): only text is used", name, config.model_type)
@@ -595,7 +596,8 @@ def end_tokens(lm: Decoder, tok: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def longest(config: PretrainedConfig) -> int | None: # In tokens; None: without limit
     "What the model can read at once."
     config = config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    return limit if limit and limit > 0 else None
 
 def check_lengths(lm: Decoder,
                   max_prompt_length: int | None, # In tokens; None: without limit

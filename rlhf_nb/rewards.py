@@ -128,7 +128,8 @@ class RewardModel:
         self.__name__ = reward_name(model)
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-        self.max_length = min(tokenizer.model_max_length, longest or math.inf, positions_after_padding(model))
+        if not longest or longest < 0: longest = math.inf # XLNet says -1
+        self.max_length = min(tokenizer.model_max_length, longest, positions_after_padding(model))
         self.pads = None # Does the model take padding? Not known before there is some
         if isinstance(model, PreTrainedModel): fuse_layers(model)
         # Not EOS where there is a choice: a decoder's score is read at the last token that is no pad

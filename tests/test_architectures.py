@@ -116,7 +116,10 @@ def reward(tmp_path_factory):
     return str(save_tiny(tmp_path_factory.mktemp("tiny"))[1])
 
 
-@each
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in ("llama", "gpt2", "qwen3_next", "qwen3_moe", "gemma4") else pytest.mark.slow)
+    for name in DECODERS
+])
 @both
 def test_the_plan_of_every_architecture(name, lora, reward, tmp_path):
     if name in REFUSED: pytest.skip("refused as a policy")
