@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from .config import PPOConfig
+from .data import is_prompt
 from .hub import run_settings
 from .metrics import HEADLINES
 from .ppo import apply_mask
@@ -39,12 +40,13 @@ def prompt_text(row: dict,                 # Of the data set
                 prompt: str | list[dict]): # As the policy read it
     "The question of a row if it has one, else the prompt; of a conversation the last message."
     question = row.get("question")
-    shown = question if question and isinstance(question, (str, list)) else prompt
+    shown = question if question and is_prompt(question) else prompt
     return str(shown[-1]["content"]) if isinstance(shown, list) else shown
 
 def extra_column(values: list) -> list:
     "Values of one type as they are, everything else as text: a parquet column has one type."
-    same = infer_dtype(values, skipna=False) in ("string", "floating", "integer", "boolean")
+    kind = infer_dtype(values, skipna=False)
+    same = kind in ("string", "floating", "boolean") or kind == "integer" and max(map(abs, values)) < 2 ** 63
     return values if same else [*map(str, values)]
 
 def completions_table(rollout: Rollout,

@@ -26,7 +26,7 @@ from .config import PPOConfig
 from .distributed import Strategy
 from .errors import halve_on_out_of_memory
 from .metrics import means
-from .models import ActorCritic, Sampling, Tokens, router_coefficient, use_adapter
+from .models import ActorCritic, Sampling, Tokens, check_ids, router_coefficient, use_adapter
 from rlhf_nb.ppo import (
     RunningMoments,
     apply_mask,
@@ -303,6 +303,7 @@ class Learner:
             if not isinstance(row.get("output"), str):
                 raise ValueError(f"ptx_coef needs an output for every prompt; there is none for {row['prompt']!r:.80}")
         texts = [tok(row["output"], add_special_tokens=False).input_ids + [tok.eos_token_id] for row in rows]
+        for text in texts: check_ids(text, tok, self.policy.known)
         ids = [torch.tensor(text[:self.args.max_completion_length], device=self.args.device) for text in texts]
         masks = [torch.ones_like(x) for x in ids]
         return self.strategy.gather(pad_rows(ids, "right")), self.strategy.gather(pad_rows(masks, "right"))

@@ -37,6 +37,7 @@ from .models import (
     Sampling,
     Tokens,
     add_adapter,
+    check_adapter,
     check_decoder,
     check_model,
     loading,
@@ -200,7 +201,10 @@ def make_policy(
     if model_args.load_in_8bit or model_args.load_in_4bit:
         for p in {*lm.parameters()} - quantized(lm): p.data = p.data.float()
     if model_args.use_peft:
-        saved = model_args.peft_path and PeftConfig.from_pretrained(model_args.peft_path)
+        saved = None
+        if model_args.peft_path:
+            with loading("peft_path", model_args.peft_path): saved = PeftConfig.from_pretrained(model_args.peft_path)
+            check_adapter(saved)
         lm = add_adapter(lm.requires_grad_(False), saved or lora(model_args))
     policy = ActorCritic(lm, critic=args.critic, reference=bool(model_args.peft_path))
     if args.beta > 0 and not model_args.use_peft:

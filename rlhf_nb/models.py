@@ -6,15 +6,17 @@
 __all__ = ['logger', 'Decoder', 'CRITIC', 'REFERENCE', 'STATE_SPACE', 'UNSUPPORTED', 'VALUE_HEAD', 'Tokens', 'Sampling',
            'sampling_logits', 'unwrapped', 'has_router', 'positions', 'run_decoder', 'score_response', 'keep_trainable',
            'use_adapter', 'adapter_is_neutral', 'copy_adapter', 'make_reference', 'add_critic', 'train_in_float32',
-           'PolicyOutput', 'ActorCritic', 'lora_targets', 'not_for_lora', 'is_causal', 'check_decoder', 'load_device',
-           'hub_arguments', 'load_decoder', 'check_trained', 'add_adapter', 'as_decoder', 'load_critic', 'take_weights',
-           'load_adapter_weights', 'check_rows', 'load_policy', 'router_coefficient', 'load_tokenizer',
-           'prepare_tokenizer', 'end_tokens', 'longest', 'check_lengths', 'hub_name', 'check_model', 'check_whole',
-           'loading', 'trained_weights', 'save_policy', 'with_adapter', 'load_weights', 'merge', 'merge_adapter']
+           'PolicyOutput', 'ActorCritic', 'lora_targets', 'not_for_adapters', 'is_causal', 'check_decoder',
+           'load_device', 'hub_arguments', 'load_decoder', 'check_trained', 'add_adapter', 'check_adapter',
+           'as_decoder', 'load_critic', 'take_weights', 'load_adapter_weights', 'check_rows', 'load_policy',
+           'router_coefficient', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'longest', 'known_tokens',
+           'check_ids', 'check_lengths', 'hub_name', 'check_model', 'check_whole', 'load_complete', 'loading',
+           'trained_weights', 'save_policy', 'with_adapter', 'load_weights', 'merge', 'merge_adapter']
 
 # %% ../nbs/02_policy.ipynb #b1bcf9d1
 import inspect
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -262,6 +264,7 @@ class ActorCritic(nn.Module):
         self.cache_name = caches[0] if caches and lm.config.model_type != "moshi" else None
         self.eval()
         train_in_float32(lm)
+        self.known = known_tokens(lm)
         self.plain_head = head_is_plain(lm)
         weight = lm.get_output_embeddings().weight
         if not (self.plain_head or weight.requires_grad):
@@ -351,18 +354,19 @@ def lora_targets(lm: PreTrainedModel) -> list[str] | str:
     known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, "all-linear")
     return known if known == "all-linear" else [name for name in known if kind not in STATE_SPACE or name != "out_proj"]
 
-def not_for_lora(lm: PreTrainedModel) -> list[str]: # By name
-    "Linear layers that LoRA cannot adapt: those with a result of another kind, and those that are read, not called."
-    called = set()
+def not_for_adapters(lm: PreTrainedModel) -> list[str]: # By name
+    "Linear layers that cannot be adapted: those with a result of another kind, and those that are read, not called."
+    called = {} # Layers, and whether they gave a tensor
     ids = torch.arange(5, 13, device=lm.device)[None]
-    hooks = [m.register_forward_hook(lambda m, *_: called.add(m)) for m in lm.modules()]
+    hooks = [m.register_forward_hook(lambda m, _, out: called.update({m: isinstance(out, Tensor)}))
+             for m in lm.modules()]
     with torch.no_grad(), torch.autocast(lm.device.type, lm.dtype, enabled=lm.dtype != torch.float32):
         lm(input_ids=ids, use_cache=False)
     for hook in hooks: hook.remove()
 
     def cannot(name: str, m: nn.Module) -> bool:
         own = type(m).__module__.startswith("transformers") and type(m).forward is not nn.Linear.forward
-        return own or m not in called and lm.get_submodule(name.rpartition(".")[0]) in called
+        return own or not called.get(m, True) or m not in called and lm.get_submodule(name.rpartition(".")[0]) in called
 
     linear = [name for name, m in lm.named_modules() if isinstance(m, nn.Linear) and cannot(name, m)]
     return linear + ["out_proj"] * (lm.config.get_text_config().model_type in STATE_SPACE)
@@ -416,10 +420,11 @@ def load_decoder(name: str,                 # Hub name or folder
     if kwargs.get("dtype") is None: kwargs["dtype"] = args.dtype if adapter or quantization_config else torch.float32
     if args.world_size > 1: kwargs["device_map"] = here
     check_whole("model", name)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs["trust_remote_code"], **hub_arguments(args))
-    check_decoder(config, name)
-    auto = AutoModelForCausalLM if is_causal(config) else AutoModelForImageTextToText
-    with loading("model", name): lm = auto.from_pretrained(name, **kwargs)
+    with loading("model", name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs["trust_remote_code"], **hub_arguments(args))
+        check_decoder(config, name)
+        auto = AutoModelForCausalLM if is_causal(config) else AutoModelForImageTextToText
+        lm = load_complete(auto, name, **kwargs)
     return prepare_model_for_kbit_training(lm, use_gradient_checkpointing=False) if quantization_config else lm
 
 # %% ../nbs/02_policy.ipynb #c9ff7d3e
@@ -438,16 +443,35 @@ def add_adapter(lm: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     peft_config = deepcopy(peft_config)
     if type(peft_config) is LoraConfig and not (peft_config.target_modules or peft_config.target_parameters):
         peft_config.target_modules = lora_targets(lm)
-    if type(peft_config) is LoraConfig and peft_config.target_modules == "all-linear":
-        peft_config.exclude_modules = peft_config.exclude_modules or not_for_lora(lm) or None
+    others = not_for_adapters(lm)
+    if getattr(peft_config, "target_modules", None) == "all-linear":
+        if hasattr(peft_config, "exclude_modules"):
+            peft_config.exclude_modules = peft_config.exclude_modules or others or None
+        else:
+            linear = {name for name, m in lm.named_modules() if isinstance(m, nn.Linear)}
+            output = {name for name, m in lm.named_modules() if m is lm.get_output_embeddings()}
+            peft_config.target_modules = linear - output - {*others}
     experts = any("experts" in name and p.ndim == 3 for name, p in lm.named_parameters())
-    if type(peft_config) is LoraConfig and experts: peft_config.lora_dropout = 0. # peft has none; it is off anyway
-    return get_peft_model(lm, peft_config)
+    if isinstance(peft_config, LoraConfig) and (experts or peft_config.target_parameters):
+        peft_config.lora_dropout = 0. # peft has none for parameters; it is off anyway
+    lm = get_peft_model(lm, peft_config)
+    if wrong := sorted({*others} & {*getattr(lm.base_model, "targeted_module_names", ())}):
+        raise ValueError(f"target_modules: {wrong[0]} cannot be adapted, other layers read its weight or more than one "
+                         "result; name others, or all-linear")
+    return lm
 
 UNSUPPORTED = dict(
     LILY="LilyConfig: its adapter mixes the rows of a batch; choose LoRA or another adapter of layers",
     SHADOW="ShadowConfig: its layers answer with a kind of their own; choose LoRA or another adapter of layers",
 )
+
+def check_adapter(config: PeftConfig):
+    "`ValueError` for an adapter that cannot be trained here."
+    if config.is_prompt_learning:
+        raise ValueError(f"{type(config).__name__}: virtual tokens are not supported, only adapters of layers")
+    if config.peft_type in UNSUPPORTED: raise ValueError(UNSUPPORTED[config.peft_type])
+    if str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
+        raise ValueError("init_lora_weights: loading cannot repeat the random steps of pissa_niter; choose pissa")
 
 def as_decoder(model: str | Decoder, # Hub name or folder, or a model
                args: PPOConfig,
@@ -462,8 +486,7 @@ def as_decoder(model: str | Decoder, # Hub name or folder, or a model
     config = model.active_peft_config if has_adapter else peft_config
     if config and args.sync_ref_model:
         raise ValueError("sync_ref_model needs a copy of the model, and with an adapter there is none")
-    if config and config.is_prompt_learning:
-        raise ValueError(f"{type(config).__name__}: virtual tokens are not supported, only adapters of layers")
+    if config: check_adapter(config)
     if isinstance(model, str):
         name = model
         lm = load_decoder(name, args, quantization_config, adapter=peft_config is not None)
@@ -473,9 +496,6 @@ def as_decoder(model: str | Decoder, # Hub name or folder, or a model
         if args.model_init_kwargs or quantization_config:
             logger.warning("model_init_kwargs and quantization_config have no effect on a model that is loaded already")
         lm = model if hasattr(model, "hf_device_map") else model.to(load_device(args))
-    if str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
-        raise ValueError("init_lora_weights: loading cannot repeat the random steps of pissa_niter; choose pissa")
-    if config and config.peft_type in UNSUPPORTED: raise ValueError(UNSUPPORTED[config.peft_type])
     if peft_config:
         try: lm = add_adapter(lm, peft_config)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as e:
@@ -503,10 +523,12 @@ def load_critic(policy: ActorCritic,
 def take_weights(weights: dict[str, Tensor], # By name
                  saved: dict[str, Tensor],   # Likewise, and perhaps more
                  path: str | Path):          # Where they were saved
-    "Set weights to saved ones; `ValueError` that names a missing one."
+    "Set weights to saved ones; `ValueError` that names one that is missing or of another shape."
     missing = weights.keys() - saved.keys()
     if missing: raise ValueError(f"{path} has no {min(missing)}: it is of another model")
-    for name, x in weights.items(): fill(x, saved[name])
+    for name, x in weights.items():
+        try: fill(x, saved[name])
+        except ValueError as e: raise ValueError(f"{path}: {name} is of another model ({e})") from None
 
 def load_adapter_weights(lm: PeftModel,
                          path: str | Path, # Folder with an adapter
@@ -533,7 +555,7 @@ def check_rows(policy: ActorCritic):
     try:
         both, short = logits(ids, mask), lm(input_ids=ids[:1, 3:], use_cache=False).logits[0].float()
         begun = logits(ids[1:, :4], mask[1:, :4])[0]
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as e:
+    except ValueError as e:
         raise ValueError(f"a {kind} cannot be a policy: with padding on the left, {first_line(e)}") from e
     if not same(both[0, 3:], short, most):
         raise ValueError(f"a {kind} cannot be a policy: in transformers, padding on the left changes its log-probs")
@@ -555,8 +577,13 @@ def load_policy(model: str | Decoder, # As for `as_decoder`
     "Policy, critic and reference as the settings ask; a value head that was saved next to a named model is loaded."
     lm = as_decoder(model, args, quantization_config, peft_config)
     with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32): # Parts may be in float32
-        policy = ActorCritic(lm, critic=args.critic, reference=args.beta > 0)
-        check_rows(policy)
+        try:
+            policy = ActorCritic(lm, critic=args.critic, reference=args.beta > 0)
+            check_rows(policy)
+        except torch.OutOfMemoryError: raise
+        except (AttributeError, IndexError, RuntimeError, TypeError) as e: # What its code raises
+            kind = lm.config.model_type
+            raise ValueError(f"a {kind} cannot be a policy: {type(e).__name__}, {first_line(e)}") from e
     if isinstance(model, str): load_critic(policy, model, **hub_arguments(args))
     return policy
 
@@ -599,6 +626,21 @@ def longest(config: PretrainedConfig) -> int | None: # In tokens; None: without 
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     return limit if limit and limit > 0 else None
 
+def known_tokens(model: nn.Module) -> float:
+    "Tokens that the model has embeddings for; infinity where it has no such table."
+    try: weight = getattr(model.get_input_embeddings(), "weight", None)
+    except (AttributeError, NotImplementedError): return math.inf
+    return math.inf if weight is None or weight.ndim != 2 else weight.shape[0]
+
+def check_ids(ids: list[int],
+              tok: PreTrainedTokenizerBase,
+              known: float): # From `known_tokens`
+    "`ValueError` if there are no tokens, or for one that the model has no embedding for."
+    if not ids: raise ValueError("The text is empty: it has no tokens")
+    if (most := max(ids)) >= known:
+        raise ValueError(f"{tok.convert_ids_to_tokens(most)!r} is token {most}, and the model has embeddings "
+                         f"for {known}: resize_token_embeddings, or use its own tokenizer")
+
 def check_lengths(lm: Decoder,
                   max_prompt_length: int | None, # In tokens; None: without limit
                   max_completion_length: int):
@@ -620,15 +662,27 @@ def check_model(flag: str, name: str | None): # Setting, and the hub name or fol
 
 def check_whole(flag: str, name: str): # Setting, and the hub name or folder it was given
     "`ValueError` for a folder that holds an adapter only."
-    if (Path(name)/"adapter_config.json").exists() and not (Path(name)/"config.json").exists():
+    own = "config.json", "*.safetensors", "*.bin", "*.gguf" # Of a model
+    found = (p.name for pattern in own for p in Path(name).glob(pattern) if not p.name.startswith("adapter_"))
+    if (Path(name)/"adapter_config.json").exists() and {*found} <= {"config.json"}:
         raise ValueError(f"{flag}={name} is an adapter: merge it, or give its base and peft_path")
+
+def load_complete(auto: type, # Such as `AutoModelForCausalLM`
+                  name: str,  # Hub name or folder
+                  **kwargs,   # Of `from_pretrained`
+) -> PreTrainedModel:
+    "Load a model; `ValueError` if the file lacks some of its weights, which transformers makes random."
+    lm, info = auto.from_pretrained(name, output_loading_info=True, **kwargs)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{name} has no weights for {', '.join(missing[:3])}: they would be random")
+    return lm
 
 @contextmanager
 def loading(flag: str, name: str): # Setting, and the hub name or folder it was given
     "Name the setting in errors from inside."
     try: yield
-    except (OSError, ImportError, SafetensorError, ValueError) as e:
-        if type(e) is ValueError and name in str(e): raise
+    except (OSError, ImportError, SafetensorError, ValueError, RuntimeError) as e: # The last: weights of other shapes
+        if type(e) is ValueError and name in str(e): raise ValueError(e if flag in str(e) else f"{flag}: {e}") from e
         raise ValueError(f"{flag}={name} cannot be loaded: {first_line(e)}") from e
     except UnpicklingError as e:
         text = "its weights are a pickle with more than weights in it, which would run code"
@@ -671,7 +725,8 @@ def with_adapter(lm: PreTrainedModel,
                  path: str,                  # Folder or hub name of an adapter
                  is_trainable: bool = False,
 ) -> PeftModel:
-    "The model with a saved adapter; `ValueError` if it belongs to another one."
+    "The model with a saved adapter; `ValueError` if there is none, or it belongs to another model."
+    check_adapter(PeftConfig.from_pretrained(path))
     try: lm = PeftModel.from_pretrained(lm, path, is_trainable=is_trainable)
     except RuntimeError as e:
         reason = str(e).splitlines()[-1].strip()
@@ -714,7 +769,8 @@ def merge_adapter(base: str,              # Hub name or folder of the base model
                   trust_remote_code: bool = False):
     "Write the base model with the adapter's change added to its weights, and the tokenizer; errors as in `merge`."
     common = dict(cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    lm = with_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **common), peft_path)
+    check_whole("base_model_name_or_path", base)
+    lm = with_adapter(load_complete(AutoModelForCausalLM, base, dtype=dtype, **common), peft_path)
     merge(lm).save_pretrained(output_dir)
     beside = (Path(peft_path)/"tokenizer_config.json").exists()
     AutoTokenizer.from_pretrained(peft_path if beside else base, **common).save_pretrained(output_dir)

@@ -40,7 +40,7 @@ from .config import PPOConfig
 from .data import encode_prompt, template_kwargs
 from .errors import halve_on_out_of_memory
 from .kernels import drops_rows, packed_for_generation, preallocate, token_logprobs
-from .models import ActorCritic, Sampling, Tokens, end_tokens, sampling_logits, unwrapped
+from .models import ActorCritic, Sampling, Tokens, check_ids, end_tokens, sampling_logits, unwrapped
 from .ppo import apply_mask
 from .tables import table
 
@@ -105,9 +105,7 @@ def encode_prompts(rows: list[dict],                   # Each with a `prompt`: t
     for row in rows:
         encode = partial(encode_prompt, row["prompt"], tokenizer, **template_kwargs(row, args.chat_template_kwargs))
         ids = encode(max_length=args.max_prompt_length)
-        if (most := max(ids, default=0)) >= known:
-            raise ValueError(f"{tokenizer.convert_ids_to_tokens(most)!r} is token {most}, and the model has embeddings "
-                             f"for {known}: resize_token_embeddings, or use its own tokenizer")
+        check_ids(ids, tokenizer, known)
         shortened += len(ids) == args.max_prompt_length and len(encode()) > len(ids)
         queries.append(torch.tensor(ids, device=device))
     return queries, shortened
@@ -328,7 +326,7 @@ class Sampler:
         self.client = client
         self.generator = torch.Generator().manual_seed(args.seed)
         ends = (args.generation_kwargs or {}).get("eos_token_id", end_tokens(policy.lm, tokenizer))
-        self.known = policy.lm.get_input_embeddings().weight.shape[0] # Tokens that the model has embeddings for
+        self.known = policy.known
         ends = [ends] if isinstance(ends, int) else ends
         self.eos_token_ids = tuple(i for i in ends if i < self.known) # Tokens that end a completion
         if len(self.eos_token_ids) < len(ends):

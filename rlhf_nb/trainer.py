@@ -39,7 +39,7 @@ from .checkpoint import StopSignals
 from .config import PPOConfig
 from .data import PromptOrder, check_datasets
 from .distributed import Strategy, make_strategy, process_failure
-from .errors import RunError, Skips
+from .errors import RunError, Skips, first_line
 from .hub import make_repo
 from .learner import Learner, add_missing, make_experience
 from .metrics import means, series
@@ -155,13 +155,19 @@ def as_scores(scores: Scores | Tensor | list[float], # One per completion
               rollout: Rollout,
 ) -> Scores:
     "Scores of the right number; `ValueError` otherwise."
+    n = len(rollout.completions)
+    wanted = f"step takes one score per completion: {n} completions"
     if not isinstance(scores, Scores):
-        scores = Scores(torch.as_tensor(scores, dtype=torch.float32).to(rollout.logprobs.device), {})
-    if scores.total.shape != (len(rollout.completions),):
-        raise ValueError(
-            f"step takes one score per completion: {len(rollout.completions)} completions, "
-            f"scores of shape {tuple(scores.total.shape)}"
-        )
+        try: scores = Scores(torch.as_tensor(scores, dtype=torch.float32).to(rollout.logprobs.device), {})
+        except (TypeError, ValueError) as e: raise ValueError(f"{wanted}, {first_line(e)}") from e
+    shapes = {name: tuple(x.shape) for name, x in (dict(scores=scores.total) | scores.by_name).items()}
+    shapes |= {f"extra {name}": (len(values),) for name, values in scores.extra.items()}
+    for name, shape in shapes.items():
+        if shape != (n,): raise ValueError(f"{wanted}, {name} of shape {shape}")
+    each = scores.per_token
+    if each is not None and each.shape != rollout.logprobs.shape:
+        shape = tuple(rollout.logprobs.shape)
+        raise ValueError(f"{wanted}, per_token of shape {tuple(each.shape)} and not {shape}")
     return scores
 
 # %% ../nbs/07_trainer.ipynb #7a2d69b2
