@@ -4,13 +4,15 @@ By default some of them; with --slow all.
 """
 import pytest
 import torch
-from architectures import decoder
+from architectures import decoder, small
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from test_architectures import SAMPLING, alone, gradient, sample
+from transformers import AutoModelForCausalLM
 
 from rlhf_nb.config import PPOConfig
-from rlhf_nb.models import load_policy, load_weights, merge, save_policy, with_adapter
+from rlhf_nb.models import load_policy, load_weights, merge, merge_adapter, save_policy, with_adapter
+from rlhf_nb.testing import policy_tokenizer
 
 LAYERS = ["q_proj", "v_proj", "down_proj"]
 VARIANTS = dict(
@@ -91,3 +93,38 @@ def test_every_kind_of_adapter(name, tmp_path):
     if name in NOT_MERGED:
         with pytest.raises(ValueError): merge(fresh)
     else: assert (torch.cat(alone(merge(fresh), tokens)) - plain).abs().max() < 1e-3
+
+
+TIED = dict(
+    layers=dict(target_modules=["q_proj"]), on_head=dict(target_modules=["q_proj", "lm_head"]),
+    on_embeddings=dict(target_modules=["q_proj", "embed_tokens"]), head_too=dict(modules_to_save=["lm_head"]),
+    both=dict(target_modules=["embed_tokens", "lm_head"]), embeddings_too=dict(modules_to_save=["embed_tokens"]),
+    both_too=dict(modules_to_save=["lm_head", "embed_tokens"]), tokens=dict(trainable_token_indices=[4, 5]),
+    kept_tied=dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+)
+
+
+@pytest.mark.parametrize("kind", TIED)
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
+def test_embeddings_that_are_the_output_layer_too(name, kind, tmp_path):
+    config = small(name)
+    config.update(dict(tie_word_embeddings=True, vocab_size=len(tok := policy_tokenizer(size=290))))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path/"base")
+    tok.save_pretrained(tmp_path/"base")
+    adapter = LoraConfig(**dict(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"]) | TIED[kind])
+    policy = load_policy(str(tmp_path/"base"), PPOConfig("unused", bf16=False, use_cpu=True), None, adapter)
+    with torch.no_grad():
+        for p in policy.lm.parameters():
+            if p.requires_grad: p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)) * .1)
+    save_policy(policy, tmp_path/"adapter")
+    ids = torch.tensor([tok("What now? I cough.").input_ids])
+    want = policy.lm(input_ids=ids).logits
+    if kind in ("on_head", "on_embeddings", "both"): # One weight would have to be two
+        with pytest.raises(ValueError, match="gives other logits than with its adapter"):
+            merge_adapter(str(tmp_path/"base"), str(tmp_path/"adapter"), str(tmp_path/"merged"))
+        assert not (tmp_path/"merged").exists()
+        return
+    merge_adapter(str(tmp_path/"base"), str(tmp_path/"adapter"), str(tmp_path/"merged"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path/"merged")
+    assert (merged(input_ids=ids).logits - want).abs().max() < 1e-4
