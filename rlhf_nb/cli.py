@@ -359,9 +359,9 @@ def launch(told: argparse.Namespace): # What `accelerate launch` is told
 
 def check_settings(model_args: ModelArguments, data_args: DataArguments, args: PPOConfig):
     "`ValueError` for what can be seen to be wrong before anything is loaded."
-    for name in ("model_name_or_path", "reward_model_name_or_path"):
+    for name, *todo in (("model_name_or_path",), ("reward_model_name_or_path", "merge it into its base")):
         check_model(name, getattr(model_args, name))
-        check_whole(name, getattr(model_args, name))
+        check_whole(name, getattr(model_args, name), *todo)
     if not (args.do_train or args.do_eval): raise ValueError("Nothing to do: give --do_train, --do_eval, or both")
     if args.do_train: check_output_dir(args.output_dir, args.overwrite_output_dir, bool(args.resume_from_checkpoint))
     for path in filter(None, (data_args.train_file_dir, data_args.validation_file_dir)): find_files(path)
@@ -617,8 +617,7 @@ def merge(argv: list[str]):
     announce(args.trust_remote_code)
     if not (Path(adapter) / "adapter_config.json").exists():
         raise ValueError(f"peft_model_path={adapter} has no adapter_config.json")
-    with loading("base_model_name_or_path", base):
-        merge_adapter(base, adapter, args.output_dir, args.dtype, args.cache_dir, args.trust_remote_code)
+    merge_adapter(base, adapter, args.output_dir, args.dtype, args.cache_dir, args.trust_remote_code)
     logger.info("Saved to %s", args.output_dir)
 
 

@@ -223,10 +223,10 @@ def encode_prompt(prompt: Prompt,                     # Messages are written wit
                   max_length: int | None = None,      # Longest prompt; a longer one loses its start, but for its BOS
                   **kwargs,                           # Of the chat template
 ) -> list[int]:
-    "Encode a prompt: one BOS where the tokenizer writes one, never an EOS."
+    "Encode a prompt: of text one BOS where the tokenizer writes one, of messages what the template writes; no EOS."
     text = prompt if isinstance(prompt, str) else chat_prompt(prompt, tokenizer, **kwargs)
-    has_bos = tokenizer.bos_token and text.startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=not has_bos, verbose=False).input_ids
+    whole = isinstance(prompt, list) or tokenizer.bos_token and text.startswith(tokenizer.bos_token)
+    ids = tokenizer(text, add_special_tokens=not whole, verbose=False).input_ids
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token): ids = ids[:-1]
     if max_length is None or len(ids) <= max_length: return ids
     bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []

@@ -400,7 +400,7 @@ def merged_weight(layer: nn.Linear | FusedLora) -> Tensor: # (out, in)
     if type(layer) is nn.Linear: return layer.weight
     weight = layer.weight.detach()
     if layer.disable_adapters or layer.merged: return weight
-    changes = (layer.get_delta_weight(a).float() for a in layer.active_adapters)
+    changes = (layer.get_delta_weight(a).float() for a in layer.active_adapters if a in layer.lora_A)
     return sum(changes, weight.float()).to(weight.dtype)
 
 

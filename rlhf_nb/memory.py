@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -188,7 +188,7 @@ def make_policy(
     "Policy, critic and reference as the trainer makes them."
     check_decoder(config, model_args.model_name_or_path)
     kwargs = dict(dtype=dtype if model_args.use_peft else torch.float32, trust_remote_code=args.trust_remote_code)
-    lm = AutoModelForCausalLM.from_config(config, **kwargs)
+    with no_init_weights(): lm = AutoModelForCausalLM.from_config(config, **kwargs)
     lm.tie_weights() # Which does not happen without an initialization
     seen = []
 
@@ -208,7 +208,8 @@ def make_policy(
         lm = add_adapter(lm.requires_grad_(False), saved or lora(model_args))
     policy = ActorCritic(lm, critic=args.critic, reference=bool(model_args.peft_path))
     if args.beta > 0 and not model_args.use_peft:
-        policy.ref_lm = fuse_layers(AutoModelForCausalLM.from_config(config, **kwargs)).requires_grad_(False)
+        with no_init_weights(): policy.ref_lm = AutoModelForCausalLM.from_config(config, **kwargs)
+        fuse_layers(policy.ref_lm).requires_grad_(False)
         policy.ref_lm.tie_weights()
     policy.plain_head = policy.plain_head and unchanged
     return policy
@@ -378,11 +379,15 @@ def plan(model_args: ModelArguments, args: PPOConfig, device: Device) -> Plan:
     memory, cast = Memory(ours.get_text_config().vocab_size), torch.autocast("cpu", dtype, dtype != torch.float32)
     # Nothing is moved: all fake tensors are on one device
     stay = patch.object(nn.Module, "to", lambda module, *_, **__: module)
-    with FakeTensorMode(allow_non_fake_inputs=True), memory, stay, no_init_weights():
-        with cast: policy = make_policy(model_args, args, ours, dtype)
-        reward = AutoModelForSequenceClassification.from_config(
-            judges, dtype=dtype, trust_remote_code=args.trust_remote_code
-        )
+    with FakeTensorMode(allow_non_fake_inputs=True), memory, stay:
+        try:
+            with cast: policy = make_policy(model_args, args, ours, dtype)
+        except DynamicOutputShapeException as e:
+            raise ValueError(f"plan loads no weights, and this model or adapter reads their values ({e})") from e
+        with no_init_weights():
+            reward = AutoModelForSequenceClassification.from_config(
+                judges, dtype=dtype, trust_remote_code=args.trust_remote_code
+            )
         fuse_layers(reward).eval().requires_grad_(False)
         note_weights(memory, policy, reward, model_args)
         trained = get_model_param_count(policy, trainable_only=True)

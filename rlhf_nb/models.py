@@ -8,10 +8,10 @@ __all__ = ['logger', 'Decoder', 'CRITIC', 'REFERENCE', 'STATE_SPACE', 'UNSUPPORT
            'use_adapter', 'adapter_is_neutral', 'copy_adapter', 'make_reference', 'add_critic', 'train_in_float32',
            'PolicyOutput', 'ActorCritic', 'lora_targets', 'not_for_adapters', 'is_causal', 'check_decoder',
            'load_device', 'hub_arguments', 'load_decoder', 'check_trained', 'add_adapter', 'check_adapter',
-           'as_decoder', 'load_critic', 'take_weights', 'load_adapter_weights', 'check_rows', 'load_policy',
-           'router_coefficient', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'longest', 'known_tokens',
-           'check_ids', 'check_lengths', 'hub_name', 'check_model', 'check_whole', 'load_complete', 'loading',
-           'trained_weights', 'save_policy', 'with_adapter', 'load_weights', 'merge', 'merge_adapter']
+           'as_decoder', 'load_critic', 'take_weights', 'load_adapter_weights', 'as_policy', 'check_rows',
+           'load_policy', 'router_coefficient', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'longest',
+           'known_tokens', 'check_ids', 'check_lengths', 'hub_name', 'check_model', 'check_whole', 'load_complete',
+           'loading', 'trained_weights', 'save_policy', 'with_adapter', 'load_weights', 'merge', 'merge_adapter']
 
 # %% ../nbs/02_policy.ipynb #b1bcf9d1
 import inspect
@@ -40,7 +40,6 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -453,13 +452,17 @@ def add_adapter(lm: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     experts = any("experts" in name and p.ndim == 3 for name, p in lm.named_parameters())
     if isinstance(peft_config, LoraConfig) and (experts or peft_config.target_parameters):
         peft_config.lora_dropout = 0. # peft has none for parameters; it is off anyway
-    lm = get_peft_model(lm, peft_config)
+    try: lm = get_peft_model(lm, peft_config)
+    except Exception as e: # Of many kinds
+        kind = type(peft_config).__name__
+        raise ValueError(f"{kind}: peft cannot add it to this model ({type(e).__name__}: {first_line(e)})") from e
     if wrong := sorted({*others} & {*getattr(lm.base_model, "targeted_module_names", ())}):
         raise ValueError(f"target_modules: {wrong[0]} cannot be adapted, other layers read its weight or more than one "
                          "result; name others, or all-linear")
     return lm
 
 UNSUPPORTED = dict(
+    ADAPTION_PROMPT="AdaptionPromptConfig: it changes attention layers; choose LoRA or another adapter of layers",
     LILY="LilyConfig: its adapter mixes the rows of a batch; choose LoRA or another adapter of layers",
     SHADOW="ShadowConfig: its layers answer with a kind of their own; choose LoRA or another adapter of layers",
 )
@@ -469,8 +472,9 @@ def check_adapter(config: PeftConfig):
     if config.is_prompt_learning:
         raise ValueError(f"{type(config).__name__}: virtual tokens are not supported, only adapters of layers")
     if config.peft_type in UNSUPPORTED: raise ValueError(UNSUPPORTED[config.peft_type])
-    if str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
-        raise ValueError("init_lora_weights: loading cannot repeat the random steps of pissa_niter; choose pissa")
+    init = str(getattr(config, "init_lora_weights", ""))
+    if init.startswith("pissa_niter") or init == "corda":
+        raise ValueError(f"init_lora_weights={init}: loading could not repeat it; choose pissa")
 
 def as_decoder(model: str | Decoder, # Hub name or folder, or a model
                args: PPOConfig,
@@ -482,10 +486,19 @@ def as_decoder(model: str | Decoder, # Hub name or folder, or a model
     has_adapter = isinstance(model, PeftModel)
     if has_adapter and peft_config:
         raise ValueError("peft_config: the model has an adapter already; merge it, or leave peft_config out")
-    config = model.active_peft_config if has_adapter else peft_config
+    if config := model.active_peft_config if has_adapter else peft_config: check_adapter(config)
+    if peft_config and getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("peft_config: transformers has put an adapter into the model; load it with PeftModel, and "
+                         "merge it or train it on")
+    if has_adapter and len(active := getattr(model.base_model, "active_adapters", [1])) > 1:
+        raise ValueError(f"The model has the active adapters {', '.join(active)}: choose one with model.set_adapter")
+    if has_adapter:
+        layers = getattr(model.base_model, "targeted_module_names", ())
+        taken = {CRITIC, REFERENCE, *(part for name in layers for part in name.split("."))}
+        if model.active_adapter in taken:
+            raise ValueError(f"An adapter cannot be called {model.active_adapter} here: give another adapter_name")
     if config and args.sync_ref_model:
         raise ValueError("sync_ref_model needs a copy of the model, and with an adapter there is none")
-    if config: check_adapter(config)
     if isinstance(model, str):
         name = model
         lm = load_decoder(name, args, quantization_config, adapter=peft_config is not None)
@@ -495,11 +508,7 @@ def as_decoder(model: str | Decoder, # Hub name or folder, or a model
         if args.model_init_kwargs or quantization_config:
             logger.warning("model_init_kwargs and quantization_config have no effect on a model that is loaded already")
         lm = model if hasattr(model, "hf_device_map") else model.to(load_device(args))
-    if peft_config:
-        try: lm = add_adapter(lm, peft_config)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as e:
-            kind = type(peft_config).__name__
-            raise ValueError(f"{kind}: peft cannot add it to this model ({type(e).__name__}: {first_line(e)})") from e
+    if peft_config: lm = add_adapter(lm, peft_config)
     check_trained(lm, name)
     if args.disable_dropout: disable_dropout_in_model(lm)
     return lm
@@ -536,6 +545,14 @@ def load_adapter_weights(lm: PeftModel,
     own = get_peft_model_state_dict(lm, adapter_name=name, save_embedding_layers=False)
     take_weights(own, load_peft_weights(str(path), device="cpu"), path)
 
+@contextmanager
+def as_policy(kind: str): # The model's type
+    "Say of errors from a model's code that it cannot be a policy."
+    try: yield
+    except torch.OutOfMemoryError: raise
+    except (AttributeError, IndexError, RuntimeError, TypeError) as e:
+        raise ValueError(f"a {kind} cannot be a policy: {first_line(e)}") from e
+
 @torch.no_grad()
 def check_rows(policy: ActorCritic):
     "`ValueError` unless a row gives the same logits alone, padded and with more tokens; a cache must give them, too."
@@ -551,11 +568,9 @@ def check_rows(policy: ActorCritic):
     def same(x: Tensor, y: Tensor, most: float) -> bool: return bool((x - y).abs().mean() < most * y.std())
 
     most = .001 if lm.dtype == torch.float32 else .05
-    try:
+    with as_policy(kind):
         both, short = logits(ids, mask), lm(input_ids=ids[:1, 3:], use_cache=False).logits[0].float()
         begun = logits(ids[1:, :4], mask[1:, :4])[0]
-    except ValueError as e:
-        raise ValueError(f"a {kind} cannot be a policy: with padding on the left, {first_line(e)}") from e
     if not same(both[0, 3:], short, most):
         raise ValueError(f"a {kind} cannot be a policy: in transformers, padding on the left changes its log-probs")
     if not same(both[1, :4], begun, most):
@@ -576,13 +591,9 @@ def load_policy(model: str | Decoder, # As for `as_decoder`
     "Policy, critic and reference as the settings ask; a value head that was saved next to a named model is loaded."
     lm = as_decoder(model, args, quantization_config, peft_config)
     with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32): # Parts may be in float32
-        try:
+        with as_policy(lm.config.model_type):
             policy = ActorCritic(lm, critic=args.critic, reference=args.beta > 0)
             check_rows(policy)
-        except torch.OutOfMemoryError: raise
-        except (AttributeError, IndexError, RuntimeError, TypeError) as e: # What its code raises
-            kind = lm.config.model_type
-            raise ValueError(f"a {kind} cannot be a policy: {type(e).__name__}, {first_line(e)}") from e
     if isinstance(model, str): load_critic(policy, model, **hub_arguments(args))
     return policy
 
@@ -659,12 +670,13 @@ def check_model(flag: str, name: str | None): # Setting, and the hub name or fol
     if not name: raise ValueError(f"--{flag} is missing")
     if not (Path(name).exists() or hub_name(name)): raise ValueError(f"{flag}={name}: no such folder")
 
-def check_whole(flag: str, name: str): # Setting, and the hub name or folder it was given
+def check_whole(flag: str,                                         # The setting
+                name: str,                                         # Hub name or folder it was given
+                todo: str = "merge it, or give its base and peft_path"):
     "`ValueError` for a folder that holds an adapter only."
-    own = "config.json", "*.safetensors", "*.bin", "*.gguf" # Of a model
-    found = (p.name for pattern in own for p in Path(name).glob(pattern) if not p.name.startswith("adapter_"))
-    if (Path(name)/"adapter_config.json").exists() and {*found} <= {"config.json"}:
-        raise ValueError(f"{flag}={name} is an adapter: merge it, or give its base and peft_path")
+    whole = (p for kind in ("model*.safetensors", "pytorch_model*.bin", "*.gguf") for p in Path(name).glob(kind))
+    if (Path(name)/"adapter_config.json").exists() and not any(whole):
+        raise ValueError(f"{flag}={name} is an adapter: {todo}")
 
 def load_complete(auto: type, # Such as `AutoModelForCausalLM`
                   name: str,  # Hub name or folder
@@ -680,12 +692,12 @@ def load_complete(auto: type, # Such as `AutoModelForCausalLM`
 def loading(flag: str, name: str): # Setting, and the hub name or folder it was given
     "Name the setting in errors from inside."
     try: yield
-    except (OSError, ImportError, SafetensorError, ValueError, RuntimeError) as e: # The last: weights of other shapes
-        if type(e) is ValueError and name in str(e): raise ValueError(e if flag in str(e) else f"{flag}: {e}") from e
-        raise ValueError(f"{flag}={name} cannot be loaded: {first_line(e)}") from e
     except UnpicklingError as e:
         text = "its weights are a pickle with more than weights in it, which would run code"
         raise ValueError(f"{flag}={name} is refused: {text}") from e
+    except Exception as e: # A model's files may bring its code
+        if type(e) is ValueError and name in str(e): raise ValueError(e if flag in str(e) else f"{flag}: {e}") from e
+        raise ValueError(f"{flag}={name} cannot be loaded: {first_line(e)}") from e
 
 # %% ../nbs/02_policy.ipynb #7c6d8866
 def trained_weights(policy: ActorCritic,
@@ -773,8 +785,12 @@ def merge_adapter(base: str,              # Hub name or folder of the base model
                   trust_remote_code: bool = False):
     "Write the base model with the adapter's change added to its weights, and the tokenizer; errors as in `merge`."
     common = dict(cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    check_whole("base_model_name_or_path", base)
-    lm = with_adapter(load_complete(AutoModelForCausalLM, base, dtype=dtype, **common), peft_path)
+    flag = "base_model_name_or_path"
+    check_whole(flag, base)
+    if (Path(output_dir)/"adapter_config.json").exists(): # Transformers would add it to the merged weights
+        raise ValueError(f"output_dir={output_dir} holds an adapter: a merged model needs a folder of its own")
+    with loading(flag, base): lm = load_complete(AutoModelForCausalLM, base, dtype=dtype, **common)
+    with loading("peft_model_path", peft_path): lm = with_adapter(lm, peft_path)
     beside = (Path(peft_path)/"tokenizer_config.json").exists()
     tok = AutoTokenizer.from_pretrained(peft_path if beside else base, **common)
     merge(lm, [tok(text).input_ids for text in TRIALS]).save_pretrained(output_dir)

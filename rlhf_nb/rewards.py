@@ -35,6 +35,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl.data_utils import is_conversational
 from trl.trainer.utils import (
     get_callable_name,
@@ -49,7 +50,7 @@ from .data import Prompt, fit, is_prompt, last_question, longest_prefix, visible
 from .errors import halve_on_out_of_memory
 from .kernels import fuse_layers
 from .metrics import means
-from .models import check_ids, check_whole, hub_arguments, known_tokens, load_complete, loading
+from .models import check_ids, check_whole, hub_arguments, known_tokens, load_complete, loading, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ class RewardModel:
         # Not EOS where there is a choice: a decoder's score is read at the last token that is no pad
         other = tokenizer.unk_token or tokenizer.bos_token or tokenizer.eos_token
         if not tokenizer.pad_token or tokenizer.pad_token_id >= self.known: tokenizer.pad_token = other
+        if not tokenizer.pad_token: raise ValueError("The reward model's tokenizer has no token to pad with")
         config.pad_token_id = tokenizer.pad_token_id
 
     @torch.no_grad()
@@ -183,6 +185,8 @@ class RewardModel:
     def scores(self, pairs: list[BatchEncoding]) -> list[float]:
         "Score encoded pairs in one pass."
         inputs = self.tokenizer.pad(pairs, padding_side="right", return_tensors="pt")
+        if "token_type_ids" in inputs and not inputs["token_type_ids"].any():
+            del inputs["token_type_ids"] # GPT-2 would add the embedding of token 0
         return self.model(**inputs.to(next(self.model.parameters()).device)).logits[:, self.label].float().tolist()
 
     def alike(self, padded: float, alone: float) -> bool:
@@ -204,7 +208,7 @@ def load_reward_model(name: str,                                        # Hub na
 ) -> RewardModel:
     "Load a sequence classifier and its tokenizer."
     common = dict(cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    check_whole("reward model", name)
+    check_whole("reward model", name, "merge it into its base")
     config = AutoConfig.from_pretrained(name, **common)
     kind = " ".join(config.architectures or ["ForSequenceClassification"])
     if "ForSequenceClassification" not in kind and "RewardModel" not in kind:
@@ -375,6 +379,8 @@ def as_reward(reward: Reward,
     if isinstance(reward, nn.Module):
         if not hasattr(reward, "config"):
             raise TypeError(f"A {type(reward).__name__} has no config: give a model of transformers, or a function")
+        if (kind := type(unwrapped(reward)).__name__) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            raise TypeError(f"{kind} is not a sequence classifier: it has no trained score")
         source = get_config_model_id(reward.config)
         if not tokenizer and not source:
             raise ValueError(f"{type(reward).__name__} has no name: give its tokenizer in reward_processing_classes")

@@ -478,7 +478,8 @@ def test_the_beginning_of_an_answer_is_kept_where_a_prompt_is_shortened(tmp_path
 @pytest.mark.parametrize("begun, wanted", [("<think>Well", "<think>Well"), ("<think>a</think>Well", None)])
 def test_a_template_that_strips_thoughts(begun, wanted, tmp_path):
     talk = [dict(role="user", content="Hi"), dict(role="assistant", content="<think>a</think>b"), *BEGUN[:1]]
-    ready = preparer("chat", None, tokenizer_with(TURNS.replace("m['content']", "m['content'].split('</think>')[-1]") + ASK), 96)
+    turns = TURNS.replace("m['content']", "m['content'].split('</think>')[-1]")
+    ready = preparer("chat", None, tokenizer_with(turns + ASK), 96)
     assert ready(dict(prompt=talk), "row")["prompt"].startswith("[user] Hi\n[assistant] b\n[user] Help?")
     row = dict(prompt=[*talk, dict(role="assistant", content=begun)])
     if wanted: assert ready(row, "row")["prompt"].endswith(wanted)
