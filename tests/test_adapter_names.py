@@ -18,6 +18,8 @@ from rlhf_nb.models import load_policy, load_weights, merge, save_policy, with_a
 from rlhf_nb.testing import policy_tokenizer, save_tiny
 from rlhf_nb.trainer import PPOTrainer
 
+pytestmark = pytest.mark.slow
+
 CPU = Device("this machine", "cpu", 1e10, None, None, None, True)
 IDS = torch.randint(5, 300, (8, 24), generator=torch.Generator().manual_seed(0))
 

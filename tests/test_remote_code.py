@@ -54,13 +54,13 @@ def with_config(code):
     return code.replace("    def __init__(", "    config_class = OwnConfig\n    def __init__(", 1)
 
 
-@pytest.fixture(params=[False, True], ids=["llama's config", "own config"])
+@pytest.fixture(params=[pytest.param(False, marks=pytest.mark.slow), True], ids=["llama's config", "own config"])
 def policy(request, tmp_path):
     code = with_config(CODE) if request.param else CODE
     return with_code(tmp_path/"policy", "OwnForCausalLM", AutoModelForCausalLM, code, request.param)
 
 
-@pytest.fixture(params=[False, True], ids=["judge of llama's config", "judge of its own"])
+@pytest.fixture(params=[pytest.param(False, marks=pytest.mark.slow), True], ids=["judge of llama's config", "judge of its own"])
 def judge(request, tmp_path):
     at = with_code(tmp_path/"judge", "OwnForSequenceClassification", AutoModelForSequenceClassification,
                    with_config(JUDGE) if request.param else JUDGE, request.param, num_labels=1)
@@ -78,7 +78,7 @@ def flags(policy, judge, out, *more):
 def history(out): return json.loads((out/"trainer_state.json").read_text())["log_history"]
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("lora", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["lora", "full"])
 def test_train_save_resume_chat_eval_and_merge(lora, policy, tmp_path, capsys):
     more = () if lora else ("--use_peft", False)
     out = tmp_path/"out"

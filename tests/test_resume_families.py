@@ -10,6 +10,8 @@ from rlhf_nb.config import PPOConfig
 from rlhf_nb.testing import policy_tokenizer
 from rlhf_nb.trainer import PPOTrainer
 
+pytestmark = pytest.mark.slow
+
 NAMES = "llama gpt2 gemma3_text qwen3_next mamba2 jamba mixtral bloom falcon_h1 gemma4 qwen3_moe lfm2 opt minimax git"
 TOKENIZER = policy_tokenizer(size=290)
 

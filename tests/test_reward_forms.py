@@ -16,6 +16,8 @@ from rlhf_nb.config import PPOConfig
 from rlhf_nb.rewards import RewardModel, as_reward
 from rlhf_nb.testing import policy_tokenizer, reward_tokenizer
 
+pytestmark = pytest.mark.slow
+
 DECODERS = "llama gpt2 qwen2 qwen3 bloom mistral gpt_neox opt mixtral gemma3_text phi3 falcon".split()
 ENCODERS = "bert roberta xlm-roberta deberta-v2 deberta distilbert electra albert modernbert xlnet".split()
 QUESTIONS = ["What now?", "My son has had a cold for three days. " * 2, "Hi", "Tell me about it, please"]

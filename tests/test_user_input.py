@@ -1,4 +1,4 @@
-"Further members of the kinds of inputs in test_cases.py."
+"""More of what users hand in: further members of each kind in test_cases.py."""
 import io
 import json
 import logging
@@ -95,6 +95,7 @@ EXPERTS = """mixtral olmoe deepseek_v3 glm4_moe minimax granitemoe jetmoe gpt_os
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERTS if name in DECODERS])
+@pytest.mark.slow
 def test_dropout_of_lora_is_no_reason_to_refuse_experts(name):
     model = add_adapter(decoder(name), LoraConfig(r=4, lora_dropout=.05, task_type="CAUSAL_LM"))
     check_rows(ActorCritic(model))
@@ -111,6 +112,7 @@ def test_dropout_of_lora_on_parameters_that_the_user_names():
     ibert mpnet esm luke markuplm layoutlmv3 lilt bert gpt2 opt electra nystromformer""".split()
                                   if name in CLASSIFIERS])
 @pytest.mark.parametrize("claim", [10**30, 512])
+@pytest.mark.slow
 def test_a_long_pair_is_cut_to_the_positions_of_the_model(name, claim):
     tok = policy_tokenizer(size=290)
     tok.model_max_length = claim
@@ -306,6 +308,7 @@ def without(code, *arguments):
     ["position_ids"], ["use_cache"], ["past_key_values", "use_cache"],
     ["output_attentions", "output_hidden_states", "inputs_embeds", "labels"],
 ], ids=" ".join)
+@pytest.mark.slow
 def test_code_whose_forward_takes_less(arguments, tmp_path, capsys):
     at = own_model(tmp_path/"policy", without(CODE, *arguments))
     try: train(tmp_path/"out", at, REWARD, "--trust_remote_code", True)
@@ -323,6 +326,7 @@ def test_code_that_answers_with_a_tuple(tmp_path, capsys):
         assert stop.code == 2 and "--debug shows" not in said, said
 
 
+@pytest.mark.slow
 def test_code_that_comes_with_a_model_is_merged_and_asked(tmp_path, monkeypatch, capsys):
     at = own_model(tmp_path/"policy", CODE)
     train(tmp_path/"out", at, REWARD, "--trust_remote_code", True)
@@ -545,7 +549,10 @@ def write(at, name):
     else: (at/"data.csv").write_text("instruction,,strange,strange\n" + "\n".join(f"{t},1,2,3" for t in TEXTS))
 
 
-@pytest.mark.parametrize("name", [*PARQUET, *LINES, "array.json", "names.csv"])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in ("far", "surrogate", "deep") else pytest.mark.slow)
+    for name in (*PARQUET, *LINES, "array.json", "names.csv")
+])
 def test_a_column_that_nothing_needs_does_not_end_a_run(name, tmp_path, caplog, capsys):
     (tmp_path/"data").mkdir()
     write(tmp_path/"data", name)
@@ -614,6 +621,7 @@ class Stop(TrainerCallback):
     (dict(max_steps=-1, num_train_epochs=1), dict(max_steps=3), 3),
     (dict(max_steps=3), dict(max_steps=1), 3),
 ])
+@pytest.mark.slow
 def test_train_goes_on_to_what_the_settings_have_been_raised_to(settings, change, wanted, tmp_path):
     trainer = trainer_for(tmp_path, **settings)
     trainer.train()
