@@ -60,7 +60,8 @@ def policy(request, tmp_path):
     return with_code(tmp_path/"policy", "OwnForCausalLM", AutoModelForCausalLM, code, request.param)
 
 
-@pytest.fixture(params=[pytest.param(False, marks=pytest.mark.slow), True], ids=["judge of llama's config", "judge of its own"])
+@pytest.fixture(params=[pytest.param(False, marks=pytest.mark.slow), True],
+                ids=["judge of llama's config", "judge of its own"])
 def judge(request, tmp_path):
     at = with_code(tmp_path/"judge", "OwnForSequenceClassification", AutoModelForSequenceClassification,
                    with_config(JUDGE) if request.param else JUDGE, request.param, num_labels=1)
