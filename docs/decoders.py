@@ -25,7 +25,8 @@ A model of which transformers itself gives other numbers with padding on the lef
 MORE = """
 ## Adapters
 
-Each kind of peft's table, and variants of LoRA (in small letters), on a small Llama: log-probs by three ways, reference, gradients, saving, loading and merging. AdaMSS needs scikit-learn. CorDA and several active adapters are
+Each kind of peft's table, and variants of LoRA (in small letters), on a small Llama: log-probs by three ways,
+reference, gradients, saving, loading and merging. AdaMSS needs scikit-learn. CorDA and several active adapters are
 refused; LoftQ was not tried, it needs a GPU.
 
 {adapters}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'Rows', 'SUFFIXES', 'Messages', 'Prompt', 'ROLES', 'CONTEXT', 'HEADER', 'find_files', 'BadRow', 'parse_json',
-           'read_text', 'csv_rows', 'line_rows', 'parquet_rows', 'with_places', 'read_rows', 'need', 'from_turns',
-           'after_context', 'unread_context', 'normalise', 'alpaca_prompt', 'template_kwargs', 'chat_prompt',
-           'encode_prompt', 'longest_prefix', 'visible_start', 'last_question', 'fit', 'without_system', 'preparer',
+           'read_text', 'csv_rows', 'line_rows', 'parquet_rows', 'with_places', 'read_rows', 'need', 'last_question',
+           'from_turns', 'after_context', 'unread_context', 'normalise', 'alpaca_prompt', 'template_kwargs',
+           'chat_prompt', 'encode_prompt', 'longest_prefix', 'visible_start', 'fit', 'without_system', 'preparer',
            'storable_columns', 'load_split', 'file_rows', 'load_prompts', 'PromptOrder', 'is_prompt', 'check_dataset',
            'check_datasets']
 
@@ -120,6 +120,10 @@ ROLES = dict(human="user", user="user", gpt="assistant", assistant="assistant", 
 def need(value: Any, text: str):
     "Raise `BadRow` unless there is a value; the caller knows the place."
     if not value: raise BadRow(text)
+
+def last_question(messages: Messages) -> int: # Index
+    "Find the user's last message; what follows it begins the answer."
+    return max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages) - 1)
 
 def from_turns(turns: Any, role_key: str, text_key: str) -> Messages:
     "Convert a conversation, without what an assistant says before the user."
@@ -246,10 +250,6 @@ def longest_prefix(text: str,                   # Text to shorten
 def visible_start(text: str) -> int: # In characters
     "Length of the start up to what is no space: templates may refuse an empty message."
     return min(len(text) - len(text.lstrip()) + 1, len(text))
-
-def last_question(messages: Messages) -> int: # Index
-    "Find the user's last message; what follows it begins the answer."
-    return max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages) - 1)
 
 def fit(prompt: Prompt,                # Text to use unchanged, or messages
         size: Callable[[Prompt], int], # Tokens of a prompt

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['logger', 'Decoder', 'CRITIC', 'REFERENCE', 'STATE_SPACE', 'UNSUPPORTED', 'VALUE_HEAD', 'TRIALS', 'Tokens', 'Sampling',
-           'sampling_logits', 'unwrapped', 'has_router', 'positions', 'run_decoder', 'score_response', 'keep_trainable',
-           'use_adapter', 'adapter_is_neutral', 'copy_adapter', 'make_reference', 'add_critic', 'train_in_float32',
-           'PolicyOutput', 'ActorCritic', 'lora_targets', 'not_for_adapters', 'is_causal', 'check_decoder',
-           'load_device', 'hub_arguments', 'load_decoder', 'check_trained', 'add_adapter', 'check_adapter',
-           'as_decoder', 'load_critic', 'take_weights', 'load_adapter_weights', 'as_policy', 'check_rows',
-           'load_policy', 'router_coefficient', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens', 'longest',
-           'known_tokens', 'check_ids', 'check_lengths', 'hub_name', 'check_model', 'check_whole', 'load_complete',
+           'sampling_logits', 'unwrapped', 'known_tokens', 'has_router', 'positions', 'run_decoder', 'score_response',
+           'keep_trainable', 'use_adapter', 'adapter_is_neutral', 'copy_adapter', 'make_reference', 'add_critic',
+           'train_in_float32', 'PolicyOutput', 'ActorCritic', 'lora_targets', 'not_for_adapters', 'is_causal',
+           'check_decoder', 'load_device', 'hub_arguments', 'load_decoder', 'check_trained', 'add_adapter',
+           'check_adapter', 'as_decoder', 'load_critic', 'take_weights', 'load_adapter_weights', 'as_policy',
+           'check_rows', 'load_policy', 'router_coefficient', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens',
+           'longest', 'check_ids', 'check_lengths', 'hub_name', 'check_model', 'check_whole', 'load_complete',
            'loading', 'trained_weights', 'save_policy', 'with_adapter', 'load_weights', 'merge', 'merge_adapter']
 
 # %% ../nbs/02_policy.ipynb #b1bcf9d1
@@ -109,6 +109,12 @@ def sampling_logits(logits: Tensor,     # Of the model, for response positions, 
 def unwrapped(lm: Decoder) -> PreTrainedModel: # Its layers keep their adapters
     "The model without peft's wrapper."
     return lm.get_base_model() if isinstance(lm, PeftModel) else lm
+
+def known_tokens(model: nn.Module) -> float:
+    "Tokens that the model has embeddings for; infinity where it has no such table."
+    try: weight = getattr(model.get_input_embeddings(), "weight", None)
+    except (AttributeError, NotImplementedError): return math.inf
+    return math.inf if weight is None or weight.ndim != 2 else weight.shape[0]
 
 def has_router(lm: Decoder) -> bool:
     "Is it a mixture of experts?"
@@ -635,12 +641,6 @@ def longest(config: PretrainedConfig) -> int | None: # In tokens; None: without 
     config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     return limit if limit and limit > 0 else None
-
-def known_tokens(model: nn.Module) -> float:
-    "Tokens that the model has embeddings for; infinity where it has no such table."
-    try: weight = getattr(model.get_input_embeddings(), "weight", None)
-    except (AttributeError, NotImplementedError): return math.inf
-    return math.inf if weight is None or weight.ndim != 2 else weight.shape[0]
 
 def check_ids(ids: list[int],
               tok: PreTrainedTokenizerBase,
