@@ -147,11 +147,11 @@ CONTEXT = "system", "system_prompt", "history" # Columns that go before a row's 
 
 def after_context(row: dict, messages: Messages) -> Messages:
     "Put a row's system message and history before its messages; a system message among these counts."
-    system = row.get("system") or row.get("system_prompt") or ""
-    need(isinstance(system, str), "system must be text")
-    head = [dict(role="system", content=system)] if system.strip() else []
+    texts = [row[name] for name in CONTEXT[:2] if isinstance(row.get(name), str) and row[name].strip()]
+    head = [dict(role="system", content=text) for text in texts[:1]]
     if messages[0]["role"] == "system": head, messages = messages[:1], messages[1:]
-    for turn in row.get("history") or []: # Of LLaMA-Factory: [question, answer]
+    history = row.get("history")
+    for turn in history if isinstance(history, list) else []: # Of LLaMA-Factory: [question, answer]
         need(isinstance(turn, (list, tuple)) and [*map(type, turn)] == [str, str], "history must be pairs of texts")
         head += [dict(role=role, content=text) for role, text in zip(("user", "assistant"), turn)]
     return head + messages
@@ -159,8 +159,8 @@ def after_context(row: dict, messages: Messages) -> Messages:
 def unread_context(row: dict, prompt: Prompt) -> set[str]:
     "Find the columns of `CONTEXT` that the row's prompt leaves out: text is used unchanged."
     said = [] if isinstance(prompt, str) else [m["content"] for m in prompt if m["role"] == "system"]
-    names = CONTEXT if isinstance(prompt, str) else CONTEXT[:2]
-    return {name for name in names if row.get(name) and row[name] not in said}
+    if isinstance(prompt, list) and isinstance(row.get("history"), list): said.append(row["history"])
+    return {name for name in CONTEXT if row.get(name) and row[name] not in said}
 
 def normalise(row: Any, # One row, of any schema
 ) -> Prompt:            # Text to use unchanged, or messages
@@ -308,7 +308,8 @@ def preparer(template: str,                              # "alpaca", "chat", or 
         except UnicodeEncodeError: raise BadRow(f"{where}: text with half a surrogate pair") from None
         except BadRow as e: raise BadRow(f"{where}: {e}") from None
         if unread := unread_context(row, source) - told:
-            logger.warning("%s: %s is not read, the row's prompt has its own", where, ", ".join(sorted(unread)))
+            logger.warning("%s: %s is not part of the prompt, which is text, or has its own system message", where,
+                           ", ".join(sorted(unread)))
             told.update(unread)
         if not isinstance(row.get("question"), str):
             done["question"] = kept if isinstance(kept, str) else without_system(kept)

@@ -61,9 +61,9 @@ def as_messages(question: Prompt) -> list[dict]:
     if not is_prompt(question): raise ValueError(f"the question is neither text nor messages: {question!r:.80}")
     return [dict(m, content=whole_text(m["content"])) for m in question]
 
-def whole_text(content: str | list[dict]) -> str:
+def whole_text(content: str | list[dict] | None) -> str | None:
     "Join a message's parts."
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    return "".join(part.get("text", "") for part in content) if isinstance(content, list) else content
 
 def encode_pair(prompt: Prompt,                     # What the policy read, or the question as messages
                 completion: str,

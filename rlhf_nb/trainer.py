@@ -160,8 +160,9 @@ def as_scores(scores: Scores | Tensor | list[float], # One per completion
     if not isinstance(scores, Scores):
         try: scores = Scores(torch.as_tensor(scores, dtype=torch.float32).to(rollout.logprobs.device), {})
         except (TypeError, ValueError) as e: raise ValueError(f"{wanted}, {first_line(e)}") from e
-    shapes = {name: tuple(x.shape) for name, x in (dict(scores=scores.total) | scores.by_name).items()}
-    shapes |= {f"extra {name}": (len(values),) for name, values in scores.extra.items()}
+    shapes = {f"by_name[{name!r}]": tuple(x.shape) for name, x in scores.by_name.items()}
+    shapes |= {f"extra[{name!r}]": (len(values),) for name, values in scores.extra.items()}
+    shapes["scores"] = tuple(scores.total.shape)
     for name, shape in shapes.items():
         if shape != (n,): raise ValueError(f"{wanted}, {name} of shape {shape}")
     each = scores.per_token
