@@ -1,0 +1,139 @@
+"""Situations that people reported to the trackers of TRL, peft, transformers and LLaMA-Factory, tried here."""
+import json
+
+import pytest
+import torch
+from architectures import classifier
+from datasets import Dataset
+from kit import length
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_cases import REWARD, SMALL, TURNS, saved, tokenizer
+from test_cli import run, short
+from test_user_input import ASK, NAMES, QUIET, refused, tokenizer_with
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from rlhf_nb.config import PPOConfig
+from rlhf_nb.data import encode_prompt
+from rlhf_nb.models import load_policy, merge_adapter
+from rlhf_nb.rewards import RewardModel
+from rlhf_nb.testing import policy_tokenizer
+from rlhf_nb.trainer import PPOTrainer
+
+IDS = torch.arange(5, 30)[None]
+KIND = dict(r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def base(tmp_path):
+    return saved(tmp_path/"base", LlamaConfig(vocab_size=len(tokenizer()), eos_token_id=2, pad_token_id=3, **SMALL))
+
+
+@torch.no_grad()
+def logits(lm): return lm(input_ids=IDS).logits
+
+
+def two_adapters(base):
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"], **KIND),
+                           adapter_name="sft")
+    model.add_adapter("ppo", LoraConfig(target_modules=["v_proj"], modules_to_save=["lm_head"], **KIND))
+    model.set_adapter("ppo")
+    return model
+
+
+def test_adapters_on_other_layers_of_which_one_is_active(base, tmp_path): # peft 1303, 1059
+    args = PPOConfig(str(tmp_path/"out"), per_device_train_batch_size=4, max_completion_length=8, max_steps=1,
+                     learning_rate=1e-2, **QUIET)
+    trainer = PPOTrainer(two_adapters(base), length, args, Dataset.from_dict(dict(prompt=NAMES)),
+                         processing_class=tokenizer())
+    start = logits(trainer.policy.lm)
+    before = {name: p.clone() for name, p in trainer.policy.lm.named_parameters() if "sft" in name.split(".")}
+    trainer.train()
+    trainer.save_model()
+    now, end = dict(trainer.policy.lm.named_parameters()), logits(trainer.policy.lm)
+    assert before and all(torch.equal(p, now[name]) for name, p in before.items())
+    with trainer.policy.as_reference(): assert torch.equal(logits(trainer.policy.lm), start)
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path/"out")
+    assert (logits(again) - end).abs().max() < 1e-4 < (start - end).abs().max()
+
+
+def test_several_active_adapters(base): # peft 2749, 3723
+    model = two_adapters(base)
+    model.base_model.set_adapter(["sft", "ppo"])
+    with pytest.raises(ValueError, match="active adapters sft, ppo: choose one"):
+        load_policy(model, PPOConfig("unused", **QUIET))
+
+
+def test_an_adapter_that_transformers_has_loaded_and_another_one(base, tmp_path): # LLaMA-Factory 3084, TRL 4713
+    two_adapters(base).save_pretrained(tmp_path/"sft", selected_adapters=["sft"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path/"sft"/"sft")
+    with pytest.raises(ValueError, match="peft_config: transformers has put an adapter into the model"):
+        load_policy(model, PPOConfig("unused", **QUIET), None, LoraConfig(r=4))
+
+
+@pytest.mark.parametrize("beside", ["value_head.safetensors", "training_args.bin", "config.json"])
+def test_what_trainers_leave_beside_an_adapter(beside, base, tmp_path, capsys): # LLaMA-Factory 7706, 3897
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**KIND)).save_pretrained(tmp_path/"adapter")
+    (tmp_path/"adapter"/beside).write_text("{}")
+    refused(capsys, short(tmp_path/"adapter", REWARD, tmp_path/"out"), "model_name_or_path", "is an adapter")
+
+
+def test_a_merged_model_in_the_folder_of_an_adapter(base, tmp_path, capsys): # peft 1381
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**KIND)).save_pretrained(tmp_path/"adapter")
+    refused(capsys, ["merge", "--base_model_name_or_path", base, "--peft_model_path", tmp_path/"adapter",
+                     "--output_dir", tmp_path/"adapter", "--overwrite_output_dir"], "output_dir", "holds an adapter")
+    assert not (tmp_path/"adapter"/"model.safetensors").exists()
+
+
+@pytest.mark.parametrize("pad", [-1, 10 ** 6])
+def test_a_pad_beyond_the_embeddings_in_the_config(pad, base, tmp_path, capsys): # LLaMA-Factory 1206
+    config = json.loads((base/"config.json").read_text()) | dict(pad_token_id=pad)
+    (base/"config.json").write_text(json.dumps(config))
+    flags = short(base, REWARD, tmp_path/"out", "--max_steps", 1, "--log_with", "none")
+    if pad < 0: run(*flags)
+    else: refused(capsys, flags, "model=", "cannot be loaded", "num_embeddings")
+
+
+def test_embeddings_that_were_resized_in_memory_only(base, tmp_path): # peft 2415, 1457
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer()) + 8)
+    get_peft_model(model, LoraConfig(**KIND, modules_to_save=["embed_tokens", "lm_head"])).save_pretrained(tmp_path/"a")
+    with pytest.raises(ValueError, match="peft_model_path|is not an adapter of"):
+        merge_adapter(str(base), str(tmp_path/"a"), str(tmp_path/"merged"))
+    assert not (tmp_path/"merged").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_types_of_tokens_that_are_all_zero(name): # transformers 33280, 24514
+    plain, typed = policy_tokenizer(size=290), policy_tokenizer(size=290)
+    typed.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert not any(typed("Hi").token_type_ids)
+    pairs = ["What now?", "Hi"], ["Rest.", "Drink water and rest."]
+    assert RewardModel(classifier(name), typed)(*pairs) == pytest.approx(RewardModel(classifier(name), plain)(*pairs))
+
+
+def test_one_bos(): # TRL 3520, 3853
+    tok = tokenizer_with(TURNS + ASK)
+    tok._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tok.bos_token = "<s>"
+    chat = [dict(role="user", content="Hi")]
+    assert encode_prompt("Hi", tok).count(1) == encode_prompt("<s>Hi", tok).count(1) == 1
+    assert encode_prompt(chat, tok) == tok.apply_chat_template(chat, add_generation_prompt=True).input_ids
+    tok.chat_template = "{{ bos_token }}" + TURNS + ASK
+    assert encode_prompt(chat, tok).count(1) == 1
+
+
+def test_a_generation_config_that_cannot_be_saved(base, tmp_path): # transformers 29988, LLaMA-Factory 2545
+    config = dict(do_sample=False, temperature=.6, top_p=.9, eos_token_id=2, pad_token_id=3)
+    (base/"generation_config.json").write_text(json.dumps(config))
+    run(*short(base, REWARD, tmp_path/"out", "--use_peft", False, "--max_steps", 1, "--log_with", "none"))
+    AutoModelForCausalLM.from_pretrained(tmp_path/"out")
+
+
+def test_a_column_called_history_that_is_text():
+    from rlhf_nb.data import normalise
+    row = dict(instruction="What now?", history="No earlier illness", system={"os": "linux"})
+    assert normalise(row) == [dict(role="user", content="What now?")]
+
+
