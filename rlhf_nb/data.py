@@ -227,10 +227,10 @@ def encode_prompt(prompt: Prompt,                     # Messages are written wit
                   max_length: int | None = None,      # Longest prompt; a longer one loses its start, but for its BOS
                   **kwargs,                           # Of the chat template
 ) -> list[int]:
-    "Encode a prompt: of text one BOS where the tokenizer writes one, of messages what the template writes; no EOS."
+    "Encode a prompt: one BOS where the tokenizer writes one, never an EOS."
     text = prompt if isinstance(prompt, str) else chat_prompt(prompt, tokenizer, **kwargs)
-    whole = isinstance(prompt, list) or tokenizer.bos_token and text.startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=not whole, verbose=False).input_ids
+    has_bos = tokenizer.bos_token and text.startswith(tokenizer.bos_token)
+    ids = tokenizer(text, add_special_tokens=not has_bos, verbose=False).input_ids
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token): ids = ids[:-1]
     if max_length is None or len(ids) <= max_length: return ids
     bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
@@ -261,7 +261,7 @@ def fit(prompt: Prompt,                # Text to use unchanged, or messages
     if fits(prompt): return prompt
     if isinstance(prompt, str): return longest_prefix(prompt[::-1], lambda end: fits(end[::-1]))[::-1]
     system = [m for m in prompt if m["role"] == "system"]
-    turns = [m for m in prompt if m["role"] != "system"]
+    turns = [m for m in prompt if m["role"] != "system"] or prompt
     for i, turn in enumerate(turns):
         if turn["role"] == "user" and fits(system + turns[i:]): return system + turns[i:]
 
@@ -271,8 +271,15 @@ def fit(prompt: Prompt,                # Text to use unchanged, or messages
     def cut(text): return [*system, dict(last, content=text), *begun]
 
     if not fits(cut(last["content"][:least])): system = []
+    if begun and not fits(cut(last["content"][:least])): # The answer's beginning loses its start, as a text does
+        first, text = begun[:-1], begun[-1]["content"]
+
+        def from_end(backward): return [*first, dict(begun[-1], content=backward[::-1])]
+        def room(backward): return fits([dict(last, content=last["content"][:least]), *from_end(backward)])
+
+        begun = from_end(longest_prefix(text[::-1], room))
     n = size(cut(last["content"][:least]))
-    if n > max_length: raise ValueError(f"max_prompt_length={max_length} is shorter than the template ({n} tokens)")
+    if n > max_length: raise BadRow(f"max_prompt_length={max_length} is shorter than the template ({n} tokens)")
     return cut(longest_prefix(last["content"], lambda text: fits(cut(text)), least))
 
 # %% ../nbs/01_data.ipynb #715772b0

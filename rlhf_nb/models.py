@@ -7,8 +7,8 @@ __all__ = ['logger', 'Decoder', 'CRITIC', 'REFERENCE', 'STATE_SPACE', 'UNSUPPORT
            'sampling_logits', 'unwrapped', 'known_tokens', 'has_router', 'positions', 'run_decoder', 'score_response',
            'keep_trainable', 'use_adapter', 'adapter_is_neutral', 'copy_adapter', 'make_reference', 'add_critic',
            'train_in_float32', 'PolicyOutput', 'ActorCritic', 'lora_targets', 'not_for_adapters', 'is_causal',
-           'check_decoder', 'load_device', 'hub_arguments', 'load_decoder', 'check_trained', 'add_adapter',
-           'check_adapter', 'as_decoder', 'load_critic', 'take_weights', 'load_adapter_weights', 'as_policy',
+           'check_decoder', 'load_device', 'hub_arguments', 'load_decoder', 'check_trained', 'add_adapter', 'excluding',
+           'put_adapter', 'check_adapter', 'as_decoder', 'load_critic', 'take_weights', 'load_adapter_weights',
            'check_rows', 'load_policy', 'router_coefficient', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens',
            'longest', 'check_ids', 'check_lengths', 'hub_name', 'check_model', 'check_whole', 'load_complete',
            'loading', 'trained_weights', 'save_policy', 'with_adapter', 'load_weights', 'merge', 'merge_adapter']
@@ -17,6 +17,7 @@ __all__ = ['logger', 'Decoder', 'CRITIC', 'REFERENCE', 'STATE_SPACE', 'UNSUPPORT
 import inspect
 import logging
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -443,14 +444,26 @@ def check_trained(lm: Decoder, name: str):
     if base: raise ValueError(f"{base[0]} is trained, but not part of the adapter: use modules_to_save, bias='none'")
 
 def add_adapter(lm: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
-    "Add an adapter; LoRA gets default target modules where it has none."
-    peft_config = deepcopy(peft_config)
+    "Add an adapter; LoRA gets default target modules where it has none; `ValueError` where peft cannot add it."
+    try: return put_adapter(lm, deepcopy(peft_config))
+    except (ValueError, torch.OutOfMemoryError): raise
+    except Exception as e: # Of many kinds
+        kind = type(peft_config).__name__
+        raise ValueError(f"{kind}: peft cannot add it to this model ({type(e).__name__}: {first_line(e)})") from e
+
+def excluding(given: str | list[str] | None, more: list[str]) -> str | list[str] | None:
+    "The user's names, or regular expression, of layers without an adapter, and more names."
+    if not isinstance(given, str): return [*(given or []), *more] or None
+    return "|".join([f"(?:{given})", *(rf"(?:.*\.)?{re.escape(name)}" for name in more)])
+
+def put_adapter(lm: PreTrainedModel, peft_config: PeftConfig) -> PeftModel: # The configuration is changed
+    "The model with an adapter on layers that can have one."
     if type(peft_config) is LoraConfig and not (peft_config.target_modules or peft_config.target_parameters):
         peft_config.target_modules = lora_targets(lm)
     others = not_for_adapters(lm)
     if getattr(peft_config, "target_modules", None) == "all-linear":
         if hasattr(peft_config, "exclude_modules"):
-            peft_config.exclude_modules = peft_config.exclude_modules or others or None
+            peft_config.exclude_modules = excluding(peft_config.exclude_modules, others)
         else:
             linear = {name for name, m in lm.named_modules() if isinstance(m, nn.Linear)}
             output = {name for name, m in lm.named_modules() if m is lm.get_output_embeddings()}
@@ -458,10 +471,7 @@ def add_adapter(lm: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     experts = any("experts" in name and p.ndim == 3 for name, p in lm.named_parameters())
     if isinstance(peft_config, LoraConfig) and (experts or peft_config.target_parameters):
         peft_config.lora_dropout = 0. # peft has none for parameters; it is off anyway
-    try: lm = get_peft_model(lm, peft_config)
-    except Exception as e: # Of many kinds
-        kind = type(peft_config).__name__
-        raise ValueError(f"{kind}: peft cannot add it to this model ({type(e).__name__}: {first_line(e)})") from e
+    lm = get_peft_model(lm, peft_config)
     if wrong := sorted({*others} & {*getattr(lm.base_model, "targeted_module_names", ())}):
         raise ValueError(f"target_modules: {wrong[0]} cannot be adapted, other layers read its weight or more than one "
                          "result; name others, or all-linear")
@@ -551,14 +561,6 @@ def load_adapter_weights(lm: PeftModel,
     own = get_peft_model_state_dict(lm, adapter_name=name, save_embedding_layers=False)
     take_weights(own, load_peft_weights(str(path), device="cpu"), path)
 
-@contextmanager
-def as_policy(kind: str): # The model's type
-    "Say of errors from a model's code that it cannot be a policy."
-    try: yield
-    except torch.OutOfMemoryError: raise
-    except (AttributeError, IndexError, RuntimeError, TypeError) as e:
-        raise ValueError(f"a {kind} cannot be a policy: {first_line(e)}") from e
-
 @torch.no_grad()
 def check_rows(policy: ActorCritic):
     "`ValueError` unless a row gives the same logits alone, padded and with more tokens; a cache must give them, too."
@@ -574,9 +576,8 @@ def check_rows(policy: ActorCritic):
     def same(x: Tensor, y: Tensor, most: float) -> bool: return bool((x - y).abs().mean() < most * y.std())
 
     most = .001 if lm.dtype == torch.float32 else .05
-    with as_policy(kind):
-        both, short = logits(ids, mask), lm(input_ids=ids[:1, 3:], use_cache=False).logits[0].float()
-        begun = logits(ids[1:, :4], mask[1:, :4])[0]
+    both, short = logits(ids, mask), lm(input_ids=ids[:1, 3:], use_cache=False).logits[0].float()
+    begun = logits(ids[1:, :4], mask[1:, :4])[0]
     if not same(both[0, 3:], short, most):
         raise ValueError(f"a {kind} cannot be a policy: in transformers, padding on the left changes its log-probs")
     if not same(both[1, :4], begun, most):
@@ -597,9 +598,12 @@ def load_policy(model: str | Decoder, # As for `as_decoder`
     "Policy, critic and reference as the settings ask; a value head that was saved next to a named model is loaded."
     lm = as_decoder(model, args, quantization_config, peft_config)
     with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32): # Parts may be in float32
-        with as_policy(lm.config.model_type):
+        try:
             policy = ActorCritic(lm, critic=args.critic, reference=args.beta > 0)
             check_rows(policy)
+        except torch.OutOfMemoryError: raise
+        except (AttributeError, IndexError, RuntimeError, TypeError) as e: # From the model's code
+            raise ValueError(f"a {lm.config.model_type} cannot be a policy: {first_line(e)}") from e
     if isinstance(model, str): load_critic(policy, model, **hub_arguments(args))
     return policy
 
@@ -686,6 +690,9 @@ def load_complete(auto: type, # Such as `AutoModelForCausalLM`
     lm, info = auto.from_pretrained(name, output_loading_info=True, **kwargs)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{name} has no weights for {', '.join(missing[:3])}: they would be random")
+    if getattr(lm, "_hf_peft_config_loaded", False):
+        raise ValueError(f"{name} has an adapter beside its weights, which transformers adds to them once more if it "
+                         "was merged: remove adapter_config.json, or give the adapter a folder of its own")
     return lm
 
 @contextmanager

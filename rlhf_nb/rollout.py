@@ -103,7 +103,9 @@ def encode_prompts(rows: list[dict],                   # Each with a `prompt`: t
     queries = []
     shortened = 0
     for row in rows:
-        encode = partial(encode_prompt, row["prompt"], tokenizer, **template_kwargs(row, args.chat_template_kwargs))
+        prompt = row["prompt"]
+        kwargs = {} if isinstance(prompt, str) else template_kwargs(row, args.chat_template_kwargs)
+        encode = partial(encode_prompt, prompt, tokenizer, **kwargs)
         ids = encode(max_length=args.max_prompt_length)
         check_ids(ids, tokenizer, known)
         shortened += len(ids) == args.max_prompt_length and len(encode()) > len(ids)

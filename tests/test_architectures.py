@@ -14,9 +14,7 @@ from rlhf_nb.models import (
     ActorCritic,
     Sampling,
     Tokens,
-    add_adapter,
-    check_decoder,
-    check_rows,
+    load_policy,
     load_weights,
     merge,
     save_policy,
@@ -40,11 +38,8 @@ both = pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 
 
 def make(name: str, lora: bool) -> ActorCritic:
-    model = decoder(name)
-    check_decoder(model.config, name, model)
-    policy = ActorCritic(add_adapter(model, LoraConfig(r=4, task_type="CAUSAL_LM")) if lora else model)
-    check_rows(policy)
-    return policy
+    args = PPOConfig("unused", bf16=False, use_cpu=True)
+    return load_policy(decoder(name), args, None, LoraConfig(r=4, task_type="CAUSAL_LM") if lora else None)
 
 
 def change(policy: ActorCritic):

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from architectures import classifier
+from architectures import classifier, decoder
 from datasets import Dataset
 from kit import length
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rlhf_nb.config import PPOConfig
-from rlhf_nb.data import encode_prompt
+from rlhf_nb.data import DataArguments, chat_prompt, encode_prompt, load_prompts, normalise
 from rlhf_nb.models import load_policy, merge_adapter
 from rlhf_nb.rewards import RewardModel
 from rlhf_nb.testing import policy_tokenizer
@@ -113,15 +113,16 @@ def test_types_of_tokens_that_are_all_zero(name): # transformers 33280, 24514
     assert RewardModel(classifier(name), typed)(*pairs) == pytest.approx(RewardModel(classifier(name), plain)(*pairs))
 
 
-def test_one_bos(): # TRL 3520, 3853
+def test_one_bos_in_messages_and_in_their_text(): # TRL 3520, 3853
     tok = tokenizer_with(TURNS + ASK)
     tok._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tok.bos_token = "<s>"
     chat = [dict(role="user", content="Hi")]
     assert encode_prompt("Hi", tok).count(1) == encode_prompt("<s>Hi", tok).count(1) == 1
-    assert encode_prompt(chat, tok) == tok.apply_chat_template(chat, add_generation_prompt=True).input_ids
-    tok.chat_template = "{{ bos_token }}" + TURNS + ASK
-    assert encode_prompt(chat, tok).count(1) == 1
+    for template in (TURNS + ASK, "{{ bos_token }}" + TURNS + ASK):
+        tok.chat_template = template
+        assert encode_prompt(chat, tok) == encode_prompt(chat_prompt(chat, tok), tok)
+        assert encode_prompt(chat, tok).count(1) == 1
 
 
 def test_a_generation_config_that_cannot_be_saved(base, tmp_path): # transformers 29988, LLaMA-Factory 2545
@@ -132,8 +133,60 @@ def test_a_generation_config_that_cannot_be_saved(base, tmp_path): # transformer
 
 
 def test_a_column_called_history_that_is_text():
-    from rlhf_nb.data import normalise
     row = dict(instruction="What now?", history="No earlier illness", system={"os": "linux"})
     assert normalise(row) == [dict(role="user", content="What now?")]
 
 
+
+
+BEGUN = [dict(role="user", content="Hi"), dict(role="assistant", content="Sure thing. " * 80)]
+
+
+def test_the_beginning_of_an_answer_that_is_too_long(tmp_path):
+    (tmp_path/"data.jsonl").write_text(json.dumps(dict(prompt=BEGUN)))
+    tok = tokenizer_with(TURNS + ASK)
+    args = DataArguments(train_file_dir=str(tmp_path), validation_split_percentage=0, prompt_template="chat")
+    prompt = load_prompts(args, tok, 96)["train"][0]["prompt"]
+    assert prompt.startswith("[user] H") and prompt.endswith("Sure thing. ")
+    assert 80 < len(tok(prompt).input_ids) <= 96
+    tok = policy_tokenizer(size=290)
+    tok.chat_template = TURNS
+    reward = RewardModel(classifier("llama"), tok)
+    assert len(reward([BEGUN], ["yes"])) == 1
+
+
+def test_messages_without_content():
+    talk = [dict(role="user", content="Hi"), dict(role="assistant", tool_calls=[]), dict(role="tool", content="5")]
+    tok = policy_tokenizer(size=290)
+    tok.chat_template = TURNS
+    reward = RewardModel(classifier("llama"), tok)
+    assert len(reward([talk], ["yes"])) == 1
+
+
+@pytest.mark.parametrize("tools", ["hammer", 3, dict(a=1)])
+def test_a_column_called_tools_beside_prompts_that_are_text(tools, tmp_path):
+    args = PPOConfig(str(tmp_path), per_device_train_batch_size=2, max_completion_length=4, max_steps=1, **QUIET)
+    rows = Dataset.from_list([dict(prompt=name, tools=tools) for name in NAMES])
+    trainer = PPOTrainer(str(REWARD.parent/"policy"), length, args, rows, peft_config=LoraConfig(r=4))
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_weights_and_an_adapter_in_one_folder(base, tmp_path, capsys):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**KIND)).save_pretrained(base)
+    refused(capsys, short(base, REWARD, tmp_path/"out"), "model", "has an adapter beside its weights")
+
+
+@pytest.mark.parametrize("excluded", [["q_proj"], "(model.)?model.layers.0.mamba.in_proj", None])
+def test_all_linear_layers_but_some(excluded):
+    config = LoraConfig(r=2, target_modules="all-linear", exclude_modules=excluded)
+    policy = load_policy(decoder("jamba"), PPOConfig("unused", **QUIET), None, config)
+    adapted = {name for name, m in policy.lm.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert adapted and not any(name.endswith("q_proj") for name in adapted) or excluded != ["q_proj"]
+    assert ("model.layers.0.mamba.in_proj" in adapted) == (excluded in (["q_proj"], None))
+
+
+def test_a_model_with_few_tokens():
+    lm = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=10, **SMALL))
+    with pytest.raises(ValueError, match="LoraConfig: peft cannot add it to this model .IndexError"):
+        load_policy(lm, PPOConfig("unused", **QUIET), None, LoraConfig(r=2))
