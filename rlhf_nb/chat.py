@@ -147,7 +147,8 @@ class ChatModel:
         with loading(flag, base):
             lm = models.load_decoder(base, self.run, adapter=True)
             self.tokenizer = models.load_tokenizer(tokenizer_at or (name if has_tokenizer else base), **kwargs)
-            if adapted: lm = models.with_adapter(lm, name)
+        if adapted:
+            with loading("model", name): lm = models.with_adapter(lm, name)
         check_lengths(lm, args.max_prompt_length, args.max_completion_length)
         self.policy = ActorCritic(lm.requires_grad_(False), reference=False) # `as_reference` switches the adapter off
         self.sampling = Sampling(args.temperature or 1., args.min_completion_length, end_tokens(lm, self.tokenizer))

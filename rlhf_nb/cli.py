@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -711,6 +712,10 @@ def program(complete: bool = False) -> argparse.ArgumentParser: # With the setti
     return top
 
 
+FLAGS = {"model": "model_name_or_path", "reward_funcs": "reward_model_name_or_path",
+         "reward model": "reward_model_name_or_path"} # What the trainer calls them
+
+
 def main(argv: list[str] | None = None): # Default: the program's own
     "The program `rlhf-nb`."
     argv = sys.argv[1:] if argv is None else argv
@@ -728,6 +733,7 @@ def main(argv: list[str] | None = None): # Default: the program's own
         if told.debug: traceback.print_exc()
         lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         text = " ".join(lines[:2])
+        if command == "train": text = re.sub(rf"^({'|'.join(FLAGS)})(?=[=:])", lambda name: FLAGS[name[1]], text)
         if not isinstance(e, (ValueError, OSError, ImportError, RunError, PeerLost)): # Of a model, of a tracker
             text = f"{type(e).__name__}: {text} (--debug shows where)"
         tell_launcher(text)

@@ -272,12 +272,13 @@ def fit(prompt: Prompt,                # Text to use unchanged, or messages
 
     if not fits(cut(last["content"][:least])): system = []
     if begun and not fits(cut(last["content"][:least])): # The answer's beginning loses its start, as a text does
-        first, text = begun[:-1], begun[-1]["content"]
+        first, text = begun[:-1], begun[-1]["content"][::-1]
 
         def from_end(backward): return [*first, dict(begun[-1], content=backward[::-1])]
-        def room(backward): return fits([dict(last, content=last["content"][:least]), *from_end(backward)])
+        def room(backward): return fits([last, *from_end(backward)])
 
-        begun = from_end(longest_prefix(text[::-1], room))
+        if not room(text[:1]): last = dict(last, content=last["content"][:least])
+        begun = from_end(longest_prefix(text, room))
     n = size(cut(last["content"][:least]))
     if n > max_length: raise BadRow(f"max_prompt_length={max_length} is shorter than the template ({n} tokens)")
     return cut(longest_prefix(last["content"], lambda text: fits(cut(text)), least))
@@ -319,7 +320,7 @@ def preparer(template: str,                              # "alpaca", "chat", or 
                            ", ".join(sorted(unread)))
             told.update(unread)
         if not isinstance(row.get("question"), str):
-            done["question"] = kept if isinstance(kept, str) else without_system(kept)
+            done["question"] = kept if isinstance(kept, str) else without_system(kept[:last_question(kept) + 1])
         turns = row.get("conversations")
         if row.get("prompt") is None and turns and ROLES[turns[-1]["from"]] == "assistant":
             done["output"] = turns[-1]["value"]

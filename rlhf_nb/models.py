@@ -490,7 +490,7 @@ def check_adapter(config: PeftConfig):
     if config.peft_type in UNSUPPORTED: raise ValueError(UNSUPPORTED[config.peft_type])
     init = str(getattr(config, "init_lora_weights", ""))
     if init.startswith("pissa_niter") or init == "corda":
-        raise ValueError(f"init_lora_weights={init}: loading could not repeat it; choose pissa")
+        raise ValueError(f"init_lora_weights={init}: loading an adapter cannot repeat it; train with pissa")
 
 def as_decoder(model: str | Decoder, # Hub name or folder, or a model
                args: PPOConfig,
@@ -687,9 +687,12 @@ def load_complete(auto: type, # Such as `AutoModelForCausalLM`
                   **kwargs,   # Of `from_pretrained`
 ) -> PreTrainedModel:
     "Load a model; `ValueError` if the file lacks some of its weights, which transformers makes random."
-    lm, info = auto.from_pretrained(name, output_loading_info=True, **kwargs)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{name} has no weights for {', '.join(missing[:3])}: they would be random")
+    given = kwargs | dict(output_loading_info=True, ignore_mismatched_sizes=True) # Else the error names no weight
+    lm, info = auto.from_pretrained(name, **given)
+    others = (name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]) # With their shapes
+    if missing := sorted({*info["missing_keys"], *others}):
+        names = ", ".join(missing[:3])
+        raise ValueError(f"{name} has no weights for {names}, or of another shape: they would be random")
     if getattr(lm, "_hf_peft_config_loaded", False):
         raise ValueError(f"{name} has an adapter beside its weights, which transformers adds to them once more if it "
                          "was merged: remove adapter_config.json, or give the adapter a folder of its own")
@@ -703,7 +706,8 @@ def loading(flag: str, name: str): # Setting, and the hub name or folder it was 
         text = "its weights are a pickle with more than weights in it, which would run code"
         raise ValueError(f"{flag}={name} is refused: {text}") from e
     except Exception as e: # A model's files may bring its code
-        if type(e) is ValueError and name in str(e): raise ValueError(e if flag in str(e) else f"{flag}: {e}") from e
+        if type(e) is ValueError and name in str(e):
+            raise ValueError(e if f"{flag}=" in str(e) else f"{flag}: {e}") from e
         raise ValueError(f"{flag}={name} cannot be loaded: {first_line(e)}") from e
 
 # %% ../nbs/02_policy.ipynb #7c6d8866
@@ -800,5 +804,5 @@ def merge_adapter(base: str,              # Hub name or folder of the base model
     with loading("peft_model_path", peft_path): lm = with_adapter(lm, peft_path)
     beside = (Path(peft_path)/"tokenizer_config.json").exists()
     tok = AutoTokenizer.from_pretrained(peft_path if beside else base, **common)
-    merge(lm, [tok(text).input_ids for text in TRIALS]).save_pretrained(output_dir)
+    merge(lm, [[i for i in tok(text).input_ids if i < known_tokens(lm)] for text in TRIALS]).save_pretrained(output_dir)
     tok.save_pretrained(output_dir)

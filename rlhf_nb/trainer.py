@@ -157,15 +157,19 @@ def as_scores(scores: Scores | Tensor | list[float], # One per completion
     "Scores of the right number; `ValueError` otherwise."
     n = len(rollout.completions)
     wanted = f"step takes one score per completion: {n} completions"
-    if not isinstance(scores, Scores):
-        try: scores = Scores(torch.as_tensor(scores, dtype=torch.float32).to(rollout.logprobs.device), {})
-        except (TypeError, ValueError) as e: raise ValueError(f"{wanted}, {first_line(e)}") from e
-    shapes = {f"by_name[{name!r}]": tuple(x.shape) for name, x in scores.by_name.items()}
-    shapes |= {f"extra[{name!r}]": (len(values),) for name, values in scores.extra.items()}
+    def numbers(x: Any) -> Tensor: return torch.as_tensor(x, dtype=torch.float32, device=rollout.logprobs.device)
+
+    if not isinstance(scores, Scores): scores = Scores(scores, {})
+    try:
+        by_name = {name: numbers(x) for name, x in scores.by_name.items()}
+        each = None if scores.per_token is None else numbers(scores.per_token)
+        scores = scores._replace(total=numbers(scores.total), by_name=by_name, per_token=each)
+        shapes = {f"extra[{name!r}]": (len(values),) for name, values in scores.extra.items()}
+    except (TypeError, ValueError) as e: raise ValueError(f"{wanted}, {first_line(e)}") from e
+    shapes |= {f"by_name[{name!r}]": tuple(x.shape) for name, x in by_name.items()}
     shapes["scores"] = tuple(scores.total.shape)
     for name, shape in shapes.items():
         if shape != (n,): raise ValueError(f"{wanted}, {name} of shape {shape}")
-    each = scores.per_token
     if each is not None and each.shape != rollout.logprobs.shape:
         shape = tuple(rollout.logprobs.shape)
         raise ValueError(f"{wanted}, per_token of shape {tuple(each.shape)} and not {shape}")

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rlhf_nb.config import PPOConfig
-from rlhf_nb.data import DataArguments, chat_prompt, encode_prompt, load_prompts, normalise
+from rlhf_nb.data import DataArguments, chat_prompt, encode_prompt, load_prompts, normalise, preparer
 from rlhf_nb.models import load_policy, merge_adapter
 from rlhf_nb.rewards import RewardModel
 from rlhf_nb.testing import policy_tokenizer
@@ -92,7 +92,7 @@ def test_a_pad_beyond_the_embeddings_in_the_config(pad, base, tmp_path, capsys):
     (base/"config.json").write_text(json.dumps(config))
     flags = short(base, REWARD, tmp_path/"out", "--max_steps", 1, "--log_with", "none")
     if pad < 0: run(*flags)
-    else: refused(capsys, flags, "model=", "cannot be loaded", "num_embeddings")
+    else: refused(capsys, flags, "model_name_or_path=", "cannot be loaded", "num_embeddings")
 
 
 def test_embeddings_that_were_resized_in_memory_only(base, tmp_path): # peft 2415, 1457
@@ -190,3 +190,35 @@ def test_a_model_with_few_tokens():
     lm = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=10, **SMALL))
     with pytest.raises(ValueError, match="LoraConfig: peft cannot add it to this model .IndexError"):
         load_policy(lm, PPOConfig("unused", **QUIET), None, LoraConfig(r=2))
+
+
+def test_a_reward_model_reads_the_whole_answer_where_the_prompt_begins_it():
+    reward = RewardModel(classifier("llama"), policy_tokenizer(size=290))
+    user, begun = dict(role="user", content="Why?"), dict(role="assistant", content="Sure, ")
+    for reward.tokenizer.chat_template in (None, TURNS, "{% if messages|length > 2 %}{{ 1 // 0 }}{% endif %}" + TURNS):
+        assert reward([[user, begun]], ["it is."]) == reward([[user]], ["Sure, it is."])
+
+
+def test_a_long_beginning_of_an_answer_leaves_the_question():
+    tok = tokenizer_with(TURNS + ASK)
+    talk = [dict(role="user", content="What helps?"), dict(role="assistant", content="b " * 300)]
+    row = preparer("chat", None, tok, 96)(dict(prompt=talk), "row")
+    assert row["prompt"].startswith("[user] What helps?\n[assistant]") and row["question"] == "What helps?"
+
+
+def test_embeddings_of_another_size_are_not_made_random(base):
+    config = json.loads((base/"config.json").read_text()) | dict(vocab_size=700)
+    (base/"config.json").write_text(json.dumps(config))
+    args = PPOConfig("unused", model_init_kwargs=dict(ignore_mismatched_sizes=True), **QUIET)
+    with pytest.raises(ValueError, match="has no weights for .*embed_tokens.* they would be random"):
+        load_policy(str(base), args)
+
+
+def test_merging_with_a_tokenizer_of_more_tokens(base, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**KIND))
+    model.save_pretrained(tmp_path/"adapter")
+    tok = tokenizer()
+    tok.add_tokens(["helps", "add"])
+    tok.save_pretrained(tmp_path/"adapter")
+    merge_adapter(str(base), str(tmp_path/"adapter"), str(tmp_path/"merged"))
+    assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path/"merged")) - logits(model)).abs().max() < 1e-4
