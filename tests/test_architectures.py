@@ -112,7 +112,7 @@ def reward(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name in ("llama", "gpt2", "qwen3_next", "qwen3_moe", "gemma4") else pytest.mark.slow)
+    pytest.param(name, marks=() if name in ("llama", "gpt2", "qwen3_moe") else pytest.mark.slow)
     for name in DECODERS
 ])
 @both

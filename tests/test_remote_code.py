@@ -79,7 +79,8 @@ def flags(policy, judge, out, *more):
 def history(out): return json.loads((out/"trainer_state.json").read_text())["log_history"]
 
 
-@pytest.mark.parametrize("lora", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["lora", "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_train_save_resume_chat_eval_and_merge(lora, policy, tmp_path, capsys):
     more = () if lora else ("--use_peft", False)
     out = tmp_path/"out"

@@ -81,6 +81,7 @@ def tokenizer_with(template):
     IA3Config(target_modules=["q_proj", "linear_left"], feedforward_modules=[]),
     LoHaConfig(r=4, target_modules=["linear_left", "altup.correction_coefs"]),
 ], ids=["dora", "lora", "ia3", "loha"])
+@pytest.mark.slow
 def test_any_adapter_on_a_model_that_changes_outputs_in_place(config):
     policy = load_policy(decoder("gemma3n_text"), PPOConfig("unused", **QUIET), None, config)
     tokens, _ = sample(policy)
@@ -183,6 +184,7 @@ def test_a_value_head_of_another_shape_is_refused(tmp_path, capsys):
 
 # 11: columns with names that mean something
 
+@pytest.mark.slow
 def test_columns_with_any_name_that_is_used_inside(tmp_path):
     names = "completion self func args kwargs log_extra log_metric columns _cut output question reward row".split()
     rows = [dict(instruction=text, **{name: [1] for name in names}) for text in TEXTS]
@@ -215,6 +217,7 @@ def test_columns_that_chat_templates_read_and_that_are_something_else(column, tm
 
 # 12: ids beyond the model
 
+@pytest.mark.slow
 def test_an_eos_beyond_the_model_and_a_minimum_length(tmp_path):
     shutil.copytree(POLICY, tmp_path/"policy")
     (tmp_path/"policy"/"generation_config.json").write_text(json.dumps(dict(eos_token_id=[2, 50256, -1])))
@@ -362,6 +365,7 @@ def test_an_adapter_is_no_base_of_another(command, adapters, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("part", ["model", "reward"])
+@pytest.mark.slow
 def test_what_is_no_adapter_of_the_policy(part, adapters, tmp_path, capsys):
     at = POLICY if part == "model" else adapters/"reward"
     refused(capsys, short(POLICY, REWARD, tmp_path/"out", "--peft_path", at), "peft_path", "adapter")
@@ -581,6 +585,7 @@ def test_a_stream_with_columns_that_cannot_be_stored(tmp_path):
 @pytest.mark.parametrize("values", [
     [1, "a", None, 2.], [2**70] * 4, [b"x"] * 4, [[1], "x", {}, None], [{1, 2}] * 4, [torch.ones(2)] * 4,
 ], ids=["mixed", "large", "bytes", "nested", "sets", "tensors"])
+@pytest.mark.slow
 def test_extra_columns_of_any_kind_are_kept_or_left_out(values, tmp_path):
     def reward(completions, log_extra, **columns):
         log_extra("strange", values)
@@ -594,6 +599,7 @@ def test_extra_columns_of_any_kind_are_kept_or_left_out(values, tmp_path):
 # 21: the card
 
 @pytest.mark.parametrize("fault", ["{{ 1 + 'a' }}", "{{ 1 // 0 }}", "{{ messages[9].content.x.y }}", "{% for %}"])
+@pytest.mark.slow
 def test_a_template_that_fails_for_the_example_does_not_end_a_run(fault, tmp_path):
     if fault == "{% for %}": # A template that is broken as a whole is never used with text prompts
         tok, prompt = tokenizer_with(fault), "Help?"
@@ -737,6 +743,7 @@ def test_a_prompt_without_tokens(tmp_path):
 
 @pytest.mark.parametrize("question", [17, None, ["What"], dict(a=1)], ids=str)
 @pytest.mark.parametrize("read", [True, False])
+@pytest.mark.slow
 def test_a_question_that_is_no_text(question, read, tmp_path):
     rows = Dataset.from_list([dict(prompt=name, question=question) for name in NAMES])
     args = PPOConfig(str(tmp_path), per_device_train_batch_size=4, max_completion_length=4, max_steps=1,
