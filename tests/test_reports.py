@@ -87,6 +87,7 @@ def test_a_merged_model_in_the_folder_of_an_adapter(base, tmp_path, capsys): # p
 
 
 @pytest.mark.parametrize("pad", [-1, 10 ** 6])
+@pytest.mark.slow
 def test_a_pad_beyond_the_embeddings_in_the_config(pad, base, tmp_path, capsys): # LLaMA-Factory 1206
     config = json.loads((base/"config.json").read_text()) | dict(pad_token_id=pad)
     (base/"config.json").write_text(json.dumps(config))
@@ -125,6 +126,7 @@ def test_one_bos_in_messages_and_in_their_text(): # TRL 3520, 3853
         assert encode_prompt(chat, tok).count(1) == 1
 
 
+@pytest.mark.slow
 def test_a_generation_config_that_cannot_be_saved(base, tmp_path): # transformers 29988, LLaMA-Factory 2545
     config = dict(do_sample=False, temperature=.6, top_p=.9, eos_token_id=2, pad_token_id=3)
     (base/"generation_config.json").write_text(json.dumps(config))

@@ -1166,7 +1166,13 @@ def same(mine, theirs):
     return mine == theirs or (mine != mine and theirs != theirs)
 
 
-@pytest.mark.parametrize("run", SCRIPTS.values(), ids=SCRIPTS)
+SLOW = """checkpoints eval_on_start_and_delay same_seed_same_run names_of_optimizers resume_by_setting resume_with_lora
+    train_twice epochs events_with_evaluation_and_checkpoints""".split()
+
+
+@pytest.mark.parametrize("run", [
+    pytest.param(run, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, run in SCRIPTS.items()
+])
 def test_script(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = {}
