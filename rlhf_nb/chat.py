@@ -40,16 +40,7 @@ from . import models
 from .checkpoint import flush
 from .config import Count, DataArguments, NonNeg, PPOConfig, Whole, check_template, setting, validate
 from .data import encode_prompt, find_files, load_prompts, parse_json, preparer, read_text
-from rlhf_nb.models import (
-    ActorCritic,
-    Sampling,
-    check_ids,
-    check_lengths,
-    check_model,
-    check_whole,
-    end_tokens,
-    loading,
-)
+from .models import ActorCritic, Sampling, check_lengths, check_model, end_tokens, loading
 from .report import plain
 from .rewards import RewardModel, load_reward_model, show
 from .rollout import Generation, decode, generate_batches, stopper
@@ -141,7 +132,7 @@ class ChatModel:
             flag = "base_model_name_or_path"
             base = args.base_model_name_or_path or PeftConfig.from_pretrained(name).base_model_name_or_path
             check_model(flag, base)
-            check_whole(flag, base)
+            models.check_whole(flag, base)
         self.args, self.run = args, run_config(args)
         kwargs = dict(cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code)
         with loading(flag, base):
@@ -167,7 +158,7 @@ class ChatModel:
         "Answer each prompt."
         args, tok, device, dtype = self.args, self.tokenizer, self.run.device, self.run.dtype
         encoded = [encode_prompt(prompt, tok, args.max_prompt_length) for prompt in prompts]
-        for ids in encoded: check_ids(ids, tok, self.policy.known)
+        for ids in encoded: models.check_ids(ids, tok, self.policy.known)
         queries = [torch.tensor(ids, device=device) for ids in encoded]
         ends = stopper(tok, args.stop_strings) if args.stop_strings else None
         if uniforms is not None: uniforms = uniforms.to(device)

@@ -165,8 +165,7 @@ class RewardModel:
                  question: list | None = None,  # To read instead of the prompts: the user's words
                  **columns) -> list[float]:
         "Score each pair; a score does not depend on the other pairs in the batch."
-        if question: prompts = [as_messages(q) for q in question]
-        prompts = [p if isinstance(p, str) else as_messages(p) for p in prompts]
+        prompts = [as_messages(p) if question or not isinstance(p, str) else p for p in question or prompts]
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         pairs = [fit_pair(*whole_answer(p, c), self.tokenizer, self.max_length, **self.kwargs)
                  for p, c in zip(prompts, texts)]
