@@ -6,13 +6,20 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
 )
 
+from rlhf_nb.testing import DECODERS as SMALL
 from rlhf_nb.testing import shipped_rows
 
 SHAPES = {  # Layers, heads, hidden size and vocabulary of policy and reward model; work of an update; updates to time
@@ -20,6 +27,21 @@ SHAPES = {  # Layers, heads, hidden size and vocabulary of policy and reward mod
                  batch=2, minibatches=2, prompt=256, response=256, epochs=4, steps=3),
     "tiny": dict(policy=(4, 4, 256, 8000), reward=(2, 4, 128, 6000),
                  batch=32, minibatches=4, prompt=64, response=48, epochs=4, steps=10),
+}
+GEMMA3 = dict(vocab_size=262144, num_attention_heads=4, num_key_value_heads=1, head_dim=256, query_pre_attn_scalar=256,
+              sliding_window=512)
+DECODERS = {  # Architecture, and the shape that its publisher gave it
+    "BLOOM 560m": ("bloom", BloomConfig, dict(vocab_size=250880, hidden_size=1024, n_layer=24, n_head=16)),
+    "Llama 3.2 1B": ("llama", LlamaConfig, dict(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)),
+    "Qwen3 0.6B": ("qwen3", Qwen3Config, dict(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)),
+    "Gemma 3 270M": ("gemma3", Gemma3TextConfig, dict(
+        GEMMA3, hidden_size=640, intermediate_size=2048, num_hidden_layers=18)),
+    "Gemma 3 1B": ("gemma3", Gemma3TextConfig, dict(
+        GEMMA3, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26)),
 }
 POLICY_TOKENS = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 REWARD_TOKENS = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]", mask_token="[MASK]")
@@ -45,17 +67,48 @@ def train_tokenizer(texts: list[str],
     return PreTrainedTokenizerFast(tokenizer_object=tok, **special)
 
 
-def make(shape: str, out: Path):
+def with_every_token(tok: PreTrainedTokenizerFast, size: int) -> PreTrainedTokenizerFast: # Ids of the model
+    "The same with a text for every id: a random model samples all of them, and the reward model reads what it wrote."
+    state = json.loads(tok.backend_tokenizer.to_str())
+    words = state["model"]["vocab"]
+    for i in range(len(words), size): words[f"Ġw{i}"] = i
+    special = {name: getattr(tok, name) for name in POLICY_TOKENS}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **special)
+
+
+def on_device() -> torch.device: # As a context: new tensors are made there
+    "The GPU if there is one: it draws random weights in a moment."
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def decoder_config(name: str, quick: bool = False) -> PretrainedConfig: # A key of `DECODERS`; quick: a tiny one
+    "The configuration of a decoder, with the special tokens of `POLICY_TOKENS`."
+    arch, kind, shape = DECODERS[name]
+    ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    return SMALL[arch](vocab_size=1000, **ids) if quick else kind(**shape, **ids)
+
+
+def random_decoder(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    "A model with the same random weights whenever it is made on this device."
+    torch.manual_seed(0)
+    with on_device(): return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def make(shape: str,
+         out: Path,
+         dtype: torch.dtype = torch.float32, # In which weights are written
+         every_token: bool = False,          # See `with_every_token`
+):
     "Write policy/, reward/ and prompts.jsonl."
     texts = ["\n".join(filter(None, (r["instruction"], r["input"], r["output"]))) for r in shipped_rows()]
     s = SHAPES[shape]
     torch.manual_seed(0)
     layers, heads, hidden, vocab = s["policy"]
     tok = train_tokenizer(texts, min(vocab, 8000), POLICY_TOKENS)
-    tok.save_pretrained(out/"policy")
+    (with_every_token(tok, vocab) if every_token else tok).save_pretrained(out/"policy")
     policy = BloomConfig(vocab_size=vocab, hidden_size=hidden, n_layer=layers, n_head=heads, bos_token_id=1,
                          eos_token_id=2, pad_token_id=3)
-    BloomForCausalLM(policy).save_pretrained(out/"policy")
+    with on_device(): BloomForCausalLM(policy).to(dtype).save_pretrained(out/"policy")
     ids = tok(" ".join(texts)).input_ids
     n = s["prompt"] + 40
     with open(out/"prompts.jsonl", "w", encoding="utf-8") as file:
@@ -68,7 +121,7 @@ def make(shape: str, out: Path):
         intermediate_size=4 * hidden, relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm",
         share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, max_position_embeddings=512,
         type_vocab_size=0, pooler_hidden_size=hidden, num_labels=1, pad_token_id=0)
-    DebertaV2ForSequenceClassification(reward).save_pretrained(out/"reward")
+    with on_device(): DebertaV2ForSequenceClassification(reward).to(dtype).save_pretrained(out/"reward")
 
 
 if __name__ == "__main__": make(sys.argv[1], Path(sys.argv[2]))

@@ -185,6 +185,9 @@ class PPOConfig(TrainingArguments):
     generation_kwargs: dict[str, Any] | str | None = setting(
         None, "Further settings of transformers' GenerationConfig, or of vLLM's SamplingParams"
     )
+    cache_implementation: Literal["dynamic", "static"] | None = setting(
+        None, "static: sample in steps of fixed shapes, on a GPU from a CUDA graph; default: on a GPU"
+    )
     ds3_gather_for_generation: bool = setting(
         True, "FSDP2 and ZeRO-3: gather all weights once per rollout; False: layer by layer for every token"
     )
@@ -216,6 +219,9 @@ class PPOConfig(TrainingArguments):
     question_column: str | None = setting(None, "Column that reward models read instead of the prompt")
     reward_label: str | None = setting(None, "Label of a reward model that has several: its index or its name")
     reward_batch_size: Count = setting(16, "Pairs that a reward model reads at once")
+    reward_dtype: Literal["float32", "float16", "bfloat16"] | None = setting(
+        None, "Type of a reward model's weights; default: that of the policy's products for one that is named"
+    )
     reward_timeout: Positive | None = setting(
         None, "Seconds that a reward function may take for a batch; default: no limit"
     )
@@ -276,7 +282,7 @@ class PPOConfig(TrainingArguments):
 
     # Fields of RLOOConfig that are refused
     pad_to_multiple_of: int | str | None = setting("auto", "Not supported")
-    cache_implementation: str | None = setting(None, "Not supported")
+
     vllm_model_impl: str = setting("vllm", "Not supported")
     vllm_enable_sleep_mode: bool = setting(False, "Not supported")
     vllm_structured_outputs_regex: str | None = setting(None, "Not supported")

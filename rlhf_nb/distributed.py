@@ -40,6 +40,7 @@ from .errors import first_line
 logger = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq") # Of Adam
+SCALE_GROWTH = 200 # Steps after which fp16's loss scale doubles; torch's 2,000 are more than a run may have
 State = dict[str, Any]              # Of an optimizer, as one process would have it
 
 # Sharded weights
@@ -77,6 +78,7 @@ def refuse(*problems: tuple[Any, str]): # Is it so? What to say
 class Strategy:
     "DDP: each process has all weights; gradients are summed once per optimizer step."
     in_step = False # Does every pass need all processes?
+    scale_fell = False # In the last step, because a gradient was infinite at fp16's loss scale
     optimizers: tuple[type, ...] = (Optimizer,)
     unsharded = staticmethod(unsharded)
 
@@ -84,6 +86,7 @@ class Strategy:
         self.accelerator = accelerator
         self.args = args
         self.autocast = accelerator.autocast
+        if accelerator.scaler: accelerator.scaler.set_growth_interval(SCALE_GROWTH)
         for p in policy.parameters():
             if p.requires_grad: p.data.copy_(broadcast(p.data.to(accelerator.device)))
         self.policy = accelerator.prepare_model(policy, evaluation_mode=True)
@@ -125,7 +128,12 @@ class Strategy:
         "Clip, step and forget the gradients; no step where one is not finite."
         norm = unsharded(self.accelerator.clip_grad_norm_(self.trained, max_norm or math.inf)).item()
         finite = math.isfinite(norm)
-        if finite or self.accelerator.scaler: self.optimizer.step()
+        scaler = self.accelerator.scaler
+        if finite: self.optimizer.step()
+        elif scaler: # Finite gradients may have an infinite norm: that is no matter of the scale
+            before = scaler.get_scale()
+            scaler.update()
+            self.scale_fell = scaler.get_scale() < before
         self.zero_grad()
         return norm, finite
 

@@ -5,6 +5,7 @@ Only int8 weights change results beyond rounding; `tests/test_kernels.py` compar
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.models.bloom.modeling_bloom import BloomAttention, BloomMLP
+from transformers.models.bloom.modeling_bloom import BloomAttention, BloomMLP, BloomModel, build_alibi_tensor
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 
 from .distributed import is_gathered
@@ -56,14 +57,33 @@ def split_heads(qkv: Tensor, # As BLOOM computes it, (B, N, heads * 3 * size)
     return qkv.unflatten(2, (heads, 3, -1)).permute(3, 0, 2, 1, 4).contiguous()
 
 
+class FusedBloomModel(BloomModel):
+    "BLOOM with ALiBi in float32, of which a pass makes one bias for all layers."
+    def build_alibi_tensor(self, attention_mask, num_heads, dtype):
+        return build_alibi_tensor(attention_mask, num_heads, torch.float32)
+
+
+def attention_bias(alibi: Tensor,       # Slopes times positions, float32, (B * heads, 1, N); keeps the result
+                   mask: Tensor | None, # 0, or the lowest number, (B, 1, Q, N)
+                   qkv: Tensor,         # (B, Q, ...)
+                   heads: int,
+) -> Tensor:                            # In the type of `qkv`, (B, heads, Q, N)
+    "ALiBi and mask. Counted from the query, small numbers lie where attention is, and 16 bits suffice for them."
+    if "bias" not in vars(alibi):
+        n, queries = qkv.shape[:2]
+        bias = alibi.view(n, heads, 1, -1).float()
+        bias = bias - (bias[..., -queries:].mT if queries > 1 else bias.amax(-1, keepdim=True))
+        if mask is not None: bias = bias + mask
+        # The mask's lowest number must not become minus infinity, or padding is NaN
+        alibi.bias = bias.clamp(min=torch.finfo(qkv.dtype).min).to(qkv.dtype)
+    return alibi.bias
+
+
 class SdpaBloomAttention(BloomAttention):
     "BLOOM's attention through `scaled_dot_product_attention`; ALiBi and the mask are its bias."
     def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, use_cache=False, **kwargs):
         qkv = self.query_key_value(hidden_states)
-        bias = alibi.view(len(qkv), self.num_heads, 1, -1)
-        if attention_mask is not None: bias = bias + attention_mask
-        if bias.dtype != qkv.dtype: # The mask's lowest number must not become minus infinity, or padding is NaN
-            bias = bias.clamp(min=torch.finfo(qkv.dtype).min).to(qkv.dtype)
+        bias = attention_bias(alibi, attention_mask, qkv, self.num_heads)
         scale = self.inv_norm_factor
         if layer_past is None and qkv.device.type == "cpu":
             out = _Attention.apply(qkv, bias, scale, self.num_heads)
@@ -183,14 +203,71 @@ class StridedAttention(DisentangledSelfAttention):
         return products.as_strided((len(x), n, n), (products.stride(0), 2 * n - 2, 1), n - 1)
 
 
-FUSED = {BloomAttention: SdpaBloomAttention, BloomMLP: FusedBloomMLP, LoraLinear: FusedLora,
-         DisentangledSelfAttention: StridedAttention}
+FUSED = {BloomModel: FusedBloomModel, BloomAttention: SdpaBloomAttention, BloomMLP: FusedBloomMLP,
+         LoraLinear: FusedLora, DisentangledSelfAttention: StridedAttention}
 
 
 def fuse_layers(model: nn.Module) -> nn.Module: # The same
     "Replace the layers of BLOOM, DeBERTa and LoRA by faster ones; weights and other layers stay."
     for m in model.modules(): m.__class__ = FUSED.get(type(m), m.__class__)
     return model
+
+
+# What 16 bits cannot hold
+
+def in_float32(embedding: nn.Module, args: tuple, out: Tensor) -> Tensor:
+    "A hook: embeddings in float32 where products are in float16."
+    half = out.dtype == torch.float16 and torch.is_autocast_enabled(out.device.type)
+    return out.float() if half else out
+
+
+def widen_residual_stream(lm: PreTrainedModel | PeftModel):
+    "In float16 autocast, sum layers in float32: the sum may exceed 65504, and it keeps the type of the embeddings."
+    embedding = lm.get_input_embeddings()
+    if in_float32 not in embedding._forward_hooks.values(): embedding.register_forward_hook(in_float32)
+
+
+@cache
+def has_float32_products(device_type: str, dtype: torch.dtype) -> bool:
+    "Does the device multiply matrices of this type with a result in float32?"
+    x = torch.zeros(16, 16, dtype=dtype, device=device_type)
+    try: return dtype.itemsize == 2 and torch.mm(x, x, out_dtype=torch.float32).dtype == torch.float32
+    except (NotImplementedError, RuntimeError): return False
+
+
+def float32_product(x: Tensor,    # (n, k)
+                    y: Tensor,    # (k, m), of the same type
+) -> Tensor:                      # (n, m); float32 where the device has such products, else the type of `x`
+    "The product of two matrices, not rounded to 16 bits."
+    if has_float32_products(x.device.type, x.dtype): return torch.mm(x, y, out_dtype=torch.float32)
+    return x @ y
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight): # (n, H), (V, H)
+        ctx.save_for_backward(weight)
+        return float32_product(hidden, weight.T)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, = ctx.saved_tensors
+        return grad.to(weight.dtype) @ weight, None
+
+
+@contextmanager
+def float32_logits(lm: PreTrainedModel | PeftModel) -> Iterator[None]:
+    "Inside, a frozen linear output layer computes float32 logits, where the device has such products."
+    head = lm.get_output_embeddings()
+    plain = type(head) is nn.Linear and not trains(head) and "forward" not in vars(head)
+    if not (plain and has_float32_products(head.weight.device.type, head.weight.dtype)): return (yield)
+
+    def forward(hidden: Tensor) -> Tensor:
+        rows = hidden.to(head.weight.dtype).flatten(0, -2)
+        logits = _Logits.apply(rows, head.weight).view(*hidden.shape[:-1], -1)
+        return logits if head.bias is None else logits + head.bias
+
+    with replaced_head(lm, forward): yield
 
 
 # Log-probs
@@ -255,7 +332,8 @@ def score_chunk(hidden: Tensor,                       # (n, H)
 ) -> tuple[Tensor | None, ...]: # Log-probs and entropy, (n,), and the gradient of each for the hidden state, (n, H)
     "`head_logprobs` of a few tokens."
     weight = head.weight
-    logits = F.linear(hidden, weight, head.bias)
+    logits = float32_product(hidden, weight.T)
+    if head.bias is not None: logits += head.bias
     for eos in sampling.eos_token_ids: logits[:, eos].masked_fill_(early, torch.finfo(logits.dtype).min / 2)
     deviation = torch.empty_like(logits) if with_entropy and with_grad else None
     sampled, total, mean = hidden.new_empty(3, len(hidden), 1, dtype=torch.float32)
@@ -274,7 +352,7 @@ def score_chunk(hidden: Tensor,                       # (n, H)
         if with_grad: logits[some] = p
 
     def direction(own: Tensor | float, factors: Tensor) -> Tensor:
-        return ((own - (factors @ weight).float() / total) / sampling.temperature).to(hidden.dtype)
+        return ((own - float32_product(factors.to(weight.dtype), weight) / total) / sampling.temperature).to(hidden.dtype)
 
     grad = direction(weight[ids], logits) if with_grad else None
     entropy_grad = None if deviation is None else direction(0., deviation)
@@ -410,22 +488,49 @@ def mergeable(layer: nn.Module) -> bool:
     return all(b.bias is None for b in layer.lora_B.values())
 
 
+def float32_norm(layer: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    "The layer as a function with float32 weights, which autocast on a GPU would make for each token."
+    bias = None if layer.bias is None else layer.bias.detach().float()
+    weight = layer.weight.detach().float()
+
+    def forward(x: Tensor) -> Tensor: return F.layer_norm(x.float(), layer.normalized_shape, weight, bias, layer.eps)
+    return forward
+
+
+MERGED = .1 # Share of a GPU's memory that merged weights may take
+
+
+def autocast_on_gpu(device: torch.device) -> bool:
+    "Are layer norms computed in float32 at the moment, as autocast does on a GPU?"
+    return device.type != "cpu" and torch.is_autocast_enabled(device.type)
+
+
+def memory_of(device: torch.device) -> int: # Bytes
+    "All of a GPU's memory."
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 @contextmanager
 def packed_for_generation(lm: PreTrainedModel, # Without peft's wrapper
                           rows: int,           # Sequences that are generated at once
                           int8: bool = False,  # Round weights and inputs of linear layers to int8
 ) -> Iterator[None]:
-    "Inside, on a CPU, linear layers run with merged and packed weights; the parameters stay as they are."
-    usable = lm.device.type == "cpu" and is_gathered(lm)
-    modules = [*lm.modules()] if usable else []
+    "Inside, LoRA is merged into copies of the weights, on a CPU packed; the parameters stay as they are."
+    modules = [*lm.modules()] if is_gathered(lm) else []
+    on_cpu = lm.device.type == "cpu"
     lora = [m for m in modules if mergeable(m)]
+    if not on_cpu and sum(m.weight.nbytes for m in lora) > MERGED * memory_of(lm.device): lora = []
     inside_lora = {part for m in lora for part in m.modules()}
     linear = [m for m in modules if type(m) is nn.Linear and m not in inside_lora]
-    packed = [m for m in linear if int8 or m.weight.dtype == torch.bfloat16]
-    layers = [m for m in [*lora, *packed] if "forward" not in vars(m)]
+    packed = [m for m in linear if on_cpu and (int8 or m.weight.dtype == torch.bfloat16)]
+    norms = {m for m in modules if type(m) is nn.LayerNorm and m.weight is not None} if autocast_on_gpu(lm.device) else {}
+    layers = [m for m in [*lora, *packed, *norms] if "forward" not in vars(m)]
     mlps = {m.dense_h_to_4h: m for m in modules if type(m) is FusedBloomMLP}
     try:
         for m in layers:
+            if m in norms:
+                m.forward = float32_norm(m)
+                continue
             weight = merged_weight(m)
             if int8: m.forward = int8_linear(weight, m.bias, rows)
             elif m in mlps: mlps[m].up = packed_linear(weight, m.bias, rows, gelu=True)

@@ -62,6 +62,7 @@ class Experience(NamedTuple):
 
     def select(self, rows: Tensor) -> "Experience": # Indices, (n,)
         "Some rows, without the padding that only other rows needed."
+        rows = rows.to(self.values.device)
         tokens = self.tokens.select(rows)
         width = tokens.response_ids.shape[1]
         return Experience(tokens, *(getattr(self, name)[rows, :width] for name in self._fields[1:]))
@@ -126,7 +127,7 @@ def ppo_loss(policy: ActorCritic,
              kl_coef: float = 0.,       # With kl_in_loss: weight of the KL
              critic_only: bool = False, # Does only the critic learn?
              aux_coef: float = 0.,      # Weight of the load-balancing loss
-) -> tuple[Tensor, dict[str, Tensor], Tensor]: # The loss and statistics, scalars; ratios of the tokens, (N,)
+) -> tuple[Tensor, dict[str, Tensor], Tensor]: # The loss and statistics, scalars; ratios, NaN outside the mask, (n, T)
     "The PPO loss of a micro-batch (Schulman et al. 2017, eq. 9), a mean over its tokens."
     out = policy(mb.tokens, sampling, entropy=args.ent_coef > 0, aux_loss=aux_coef > 0)
     pl, clipped = policy_loss(
@@ -146,7 +147,7 @@ def ppo_loss(policy: ActorCritic,
     if out.aux_loss is not None and not critic_only:
         loss = loss + aux_coef * out.aux_loss
         stats["aux_loss"] = out.aux_loss
-    return loss, {"loss": loss, **stats}, ratio[mb.mask > 0]
+    return loss, {"loss": loss, **stats}, torch.where(mb.mask > 0, ratio, math.nan)
 
 def ratio_stats(ratio: Tensor,    # Of trained to sampling probability, (n, T)
                 mb: Experience,
@@ -230,21 +231,26 @@ class Learner:
             with recomputed(self.policy, bool(self.args.activation_checkpointing)), self.strategy.passes():
                 stats = self.accumulate(exp, rows, loss, None if critic_only else answers) | dict(grad_norm=0.)
                 too_far = self.args.early_stopping and stats["policy/approxkl_avg"] > 1.5 * self.args.target_kl
-                if too_far: self.strategy.zero_grad()
-            if too_far: break
+                if not math.isfinite(stats["loss"]): problem = "the loss is"
+                if problem or too_far: self.strategy.zero_grad()
+            if problem or too_far: break
             self.on_event("pre_optimizer_step")
             stats["grad_norm"], made = self.strategy.step(self.args.max_grad_norm)
             self.on_event("optimizer_step")
             if made: done.append(stats)
-            elif problem := self.problem(stats, len(done)): break
-        return Update(means(done or [stats]) | {"policy/optimizer_steps": len(done)}, torch.cat(self.ratios), problem)
+            elif problem := self.problem(): break
+        if problem and done: problem += f" (after {len(done)} optimizer steps)"
+        ratios = torch.cat([x.flatten() for x in self.ratios])
+        found = means(done or [stats]) | {"policy/optimizer_steps": len(done)}
+        return Update(found, ratios[~ratios.isnan()], problem)
 
     def minibatches(self, n: int) -> Iterator[Tensor]: # Rows of all processes; indices
         "This process's rows of every optimizer step, epoch after epoch."
         args, world, rank = self.args, self.args.world_size, self.args.process_index
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
         for _ in range(args.num_iterations):
-            for group in torch.randperm(n, generator=self.generator).split(size):
+            order = torch.randperm(n, generator=self.generator).to(args.device)
+            for group in order.split(size):
                 share = len(group) // world
                 yield group[rank * share:(rank + 1) * share]
 
@@ -308,13 +314,9 @@ class Learner:
         masks = [torch.ones_like(x) for x in ids]
         return self.strategy.gather(pad_rows(ids, "right")), self.strategy.gather(pad_rows(masks, "right"))
 
-    def problem(self,
-                stats: dict[str, float], # Of the step that was not made
-                done: int,               # Steps before it
-    ) -> str | None:
-        "What was not finite, where fp16's loss scale cannot be the reason."
-        scaler = self.strategy.accelerator.scaler
-        if scaler is not None and scaler.get_scale() >= 1: return None
-        what = "the gradient is" if math.isfinite(stats["loss"]) else "the loss is"
-        if scaler is not None: what = "at any loss scale the gradients are"
-        return what + (f" (after {done} optimizer steps)" if done else "")
+    def problem(self) -> str | None: # After a step that was not made
+        "What was not finite, where a smaller loss scale does not help."
+        if self.strategy.scale_fell:
+            scale = self.strategy.accelerator.scaler.get_scale()
+            return None if scale >= 1 else "at any loss scale the gradients are"
+        return "the gradient is"

@@ -385,8 +385,9 @@ def plan(model_args: ModelArguments, args: PPOConfig, device: Device) -> Plan:
         except DynamicOutputShapeException as e:
             raise ValueError(f"plan loads no weights, and this model or adapter reads their values ({e})") from e
         with no_init_weights():
+            kind = getattr(torch, args.reward_dtype) if args.reward_dtype else dtype
             reward = AutoModelForSequenceClassification.from_config(
-                judges, dtype=dtype, trust_remote_code=args.trust_remote_code
+                judges, dtype=kind, trust_remote_code=args.trust_remote_code
             )
         fuse_layers(reward).eval().requires_grad_(False)
         note_weights(memory, policy, reward, model_args)

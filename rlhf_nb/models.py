@@ -64,7 +64,16 @@ from trl.trainer.utils import disable_dropout_in_model
 from .config import PPOConfig
 from .distributed import fill, load_whole_models, unsharded
 from .errors import first_line
-from .kernels import fuse_layers, head_is_plain, head_logprobs, replaced_head, token_entropy, token_logprobs
+from rlhf_nb.kernels import (
+    float32_logits,
+    fuse_layers,
+    head_is_plain,
+    head_logprobs,
+    replaced_head,
+    token_entropy,
+    token_logprobs,
+    widen_residual_stream,
+)
 
 # %% ../nbs/02_policy.ipynb #c5bfda1a
 logger = logging.getLogger(__name__)
@@ -81,8 +90,10 @@ class Tokens(NamedTuple):
 
     def select(self, rows: Tensor) -> "Tokens": # Indices, (n,)
         "Some rows, without the padding that only other rows needed."
-        start = self.query_ids.shape[1] - self.query_mask[rows].sum(1).max()
-        end = self.response_mask[rows].sum(1).max()
+        rows = rows.to(self.query_ids.device)
+        lengths = torch.stack([mask[rows].sum(1).max() for mask in (self.query_mask, self.response_mask)])
+        prompt, end = lengths.tolist() # A GPU is waited for once
+        start = self.query_ids.shape[1] - prompt
         return Tokens(self.query_ids[rows, start:], self.query_mask[rows, start:],
                       self.response_ids[rows, :end], self.response_mask[rows, :end])
 
@@ -134,7 +145,7 @@ def run_decoder(lm: Decoder,
     "Hidden states of the response, and logits if wanted."
     seen = []
     hook = lm.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with hook, nullcontext() if with_logits else replaced_head(lm, lambda hidden: hidden[..., :1]):
+    with hook, float32_logits(lm) if with_logits else replaced_head(lm, lambda hidden: hidden[..., :1]):
         out = lm(**inputs)
 
     def of_response(x: Tensor) -> Tensor:
@@ -154,10 +165,12 @@ def score_response(hidden: Tensor,        # (B, T, H)
     if logits is not None:
         logits = sampling_logits(logits, sampling)
         return token_logprobs(logits, tokens.response_ids), token_entropy(logits) if entropy else None
-    real = tokens.response_mask > 0
-    early = real.cumsum(1)[real] <= sampling.min_length
-    found = head_logprobs(hidden[real], head, tokens.response_ids[real], early, sampling, entropy)
-    return tuple(None if x is None else x.new_zeros(real.shape).masked_scatter(real, x) for x in found)
+    mask = tokens.response_mask
+    real = mask.flatten().nonzero()[:, 0]
+    def some(x: Tensor) -> Tensor: return x.flatten(0, 1)[real]
+    early = some(mask.cumsum(1)) <= sampling.min_length
+    found = head_logprobs(some(hidden), head, some(tokens.response_ids), early, sampling, entropy)
+    return tuple(None if x is None else x.new_zeros(mask.numel()).index_copy(0, real, x).view(mask.shape) for x in found)
 
 # %% ../nbs/02_policy.ipynb #ff35c0c7
 CRITIC = "critic"       # Names of adapters beside the policy's own
@@ -263,6 +276,7 @@ class ActorCritic(nn.Module):
         if critic == "adapter" and not isinstance(lm, PeftModel):
             raise ValueError("critic=adapter needs a LoRA adapter: use_peft, or peft_config")
         self.lm = fuse_layers(lm)
+        widen_residual_stream(lm)
         self.critic = critic
         self.arguments = set(inspect.signature(type(unwrapped(lm)).forward).parameters)
         caches = [name for name in ("past_key_values", "cache_params") if name in self.arguments]
@@ -299,10 +313,20 @@ class ActorCritic(nn.Module):
         "Arguments of the decoder, as far as it takes them: ALiBi has no position_ids. Padding repeats a real token."
         real = mask[:, -ids.shape[1]:]
         ids = ids.where(real > 0, ids[:1].gather(1, real[:1].argmax(1, keepdim=True)))
-        optional = dict(position_ids=positions(mask)[:, -ids.shape[1]:], logits_to_keep=keep)
-        inputs = {name: x for name, x in optional.items() if name in self.arguments}
-        if has_router(self.lm): inputs["output_router_logits"] = aux_loss
-        return dict(input_ids=ids, attention_mask=mask, **inputs)
+        return self.accepted(ids, mask, positions(mask)[:, -ids.shape[1]:], keep, aux_loss)
+
+    def accepted(self,
+                 ids: Tensor,              # (B, n)
+                 mask: Tensor,             # (B, N)
+                 position_ids: Tensor,     # (B, n)
+                 keep: Tensor | int,       # As for `inputs`
+                 aux_loss: bool = False,   # Likewise
+    ) -> dict[str, Any]:
+        "Those of the arguments that the decoder takes."
+        optional = dict(position_ids=position_ids, logits_to_keep=keep)
+        given = {name: x for name, x in optional.items() if name in self.arguments}
+        if has_router(self.lm): given["output_router_logits"] = aux_loss
+        return dict(input_ids=ids, attention_mask=mask, **given)
 
     def forward(self,
                 tokens: Tokens,
@@ -333,11 +357,17 @@ class ActorCritic(nn.Module):
                     cache: Cache | None, # Grows by n; None: the model makes its own kind
     ) -> tuple[Tensor, Cache | None]:    # (B, 1, V), and the cache; None: the model has none
         "Logits of the next token."
+        one = cache is not None and ids.shape[1] == 1
+        inputs = self.accepted(ids, mask, mask.sum(1, keepdim=True) - 1, 1) if one else self.inputs(ids, mask, 1)
+        out = self.run_with_cache(inputs, cache)
+        return out.logits[:, -1:], getattr(out, self.cache_name, None) if self.cache_name else None
+
+    def run_with_cache(self, inputs: dict[str, Any], cache: Cache | None) -> Any: # What `accepted` gives
+        "The decoder's output."
         name = self.cache_name
-        inputs = self.inputs(ids, mask, 1) | ({name: cache, "use_cache": True} if name else {})
+        if name: inputs |= {name: cache, "use_cache": True}
         if name == "cache_params" and cache is not None: inputs["attention_mask"] = None # As `generate` does
-        out = unwrapped(self.lm)(**inputs)
-        return out.logits[:, -1:], getattr(out, name, None) if name else None
+        with float32_logits(self.lm): return unwrapped(self.lm)(**inputs)
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -601,6 +631,7 @@ def load_policy(model: str | Decoder, # As for `as_decoder`
         try:
             policy = ActorCritic(lm, critic=args.critic, reference=args.beta > 0)
             check_rows(policy)
+            if args.dtype == torch.float16: logger.info("float16: layers are summed in float32, for it ends at 65504")
         except torch.OutOfMemoryError: raise
         except (AttributeError, IndexError, RuntimeError, TypeError) as e: # From the model's code
             raise ValueError(f"a {lm.config.model_type} cannot be a policy: {first_line(e)}") from e

@@ -64,7 +64,7 @@ def token_rewards(scores: Tensor, # One per completion, (B,)
     rewards = apply_mask(-kl_coef * kl, mask)
     last = mask.sum(1).long() - 1
     rows = (last >= 0).nonzero()[:, 0]
-    rewards[rows, last[rows]] += scores[rows].to(rewards)
+    rewards[rows, last[rows]] += scores.to(rewards)[rows]
     return rewards
 
 # %% ../nbs/05_ppo.ipynb #06dc6949

@@ -194,7 +194,16 @@ class RewardModel:
         inputs = self.tokenizer.pad(pairs, padding_side="right", return_tensors="pt")
         if "token_type_ids" in inputs and not inputs["token_type_ids"].any():
             del inputs["token_type_ids"] # GPT-2 would add the embedding of token 0
-        return self.model(**inputs.to(next(self.model.parameters()).device)).logits[:, self.label].float().tolist()
+        weight = next(self.model.parameters())
+        inputs = inputs.to(weight.device)
+        scores = self.model(**inputs).logits[:, self.label].float().tolist()
+        half = weight.dtype in (torch.float16, torch.bfloat16) and not getattr(self.model, "is_quantized", False)
+        if half and not all(map(math.isfinite, scores)):
+            logger.warning("%s gave %s in %s: its weights are float32 from now on (reward_dtype=float32 loads them so)",
+                           self.__name__, next(x for x in scores if not math.isfinite(x)), str(weight.dtype).removeprefix("torch."))
+            self.model.float()
+            scores = self.model(**inputs).logits[:, self.label].float().tolist()
+        return scores
 
     def alike(self, padded: float, alone: float) -> bool:
         "Return whether a score is the same with padding as without; say so where it is not."
@@ -378,9 +387,10 @@ def as_reward(reward: Reward,
     "Make a model, or its name, callable as a reward function."
     options = dict(label=args.reward_label, batch_size=args.reward_batch_size,
                    chat_template_kwargs=args.chat_template_kwargs)
+    dtype = getattr(torch, args.reward_dtype) if args.reward_dtype else None
     if isinstance(reward, str):
         with loading("reward_funcs", reward):
-            return load_reward_model(reward, args.dtype, device, tokenizer=tokenizer,
+            return load_reward_model(reward, dtype or args.dtype, device, tokenizer=tokenizer,
                                      cache_dir=hub_arguments(args).get("cache_dir"),
                                      trust_remote_code=args.trust_remote_code, **options)
     if isinstance(reward, nn.Module):
@@ -391,7 +401,8 @@ def as_reward(reward: Reward,
         source = get_config_model_id(reward.config)
         if not tokenizer and not source:
             raise ValueError(f"{type(reward).__name__} has no name: give its tokenizer in reward_processing_classes")
-        if not getattr(reward, "hf_device_map", None): reward = reward.to(device) # A quantized model must not be moved
+        # A quantized model must not be moved
+        if not getattr(reward, "hf_device_map", None): reward = reward.to(device=device, dtype=dtype)
         return RewardModel(reward, tokenizer or AutoTokenizer.from_pretrained(source), **options)
     if not callable(reward): raise TypeError(f"A reward is a model, its name, or a function, not {show(reward)}")
     return reward
@@ -419,7 +430,8 @@ def samples_of(rollout) -> list[Sample]: # A `Rollout`
     completions, tokens = rollout.completions, rollout.tokens
     if is_conversational(dict(prompt=rollout.prompts[0])):
         completions = [[dict(role="assistant", content=text)] for text in completions]
-    ids = [ids[mask > 0].tolist() for ids, mask in zip(tokens.response_ids, tokens.response_mask)]
+    lengths = tokens.response_mask.sum(1).tolist()
+    ids = [ids[:n] for ids, n in zip(tokens.response_ids.tolist(), lengths)]
     return list(map(Sample, rollout.rows, rollout.prompts, completions, ids))
 
 # %% ../nbs/03_rewards.ipynb #29fd524f

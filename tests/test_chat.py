@@ -85,6 +85,7 @@ def frames(screen: str) -> list[str]:
     return [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", f) for f in re.split(r"(?:\x1b\[\d*[AK]|\r(?!\n))+", screen)]
 
 
+@pytest.mark.slow
 def test_two_columns_grow_on_a_wide_terminal(tuned):
     screen, status = at_terminal(
         100, [b"Why?\r", "发烧怎么办？\r".encode(), b"\x04"], "chat", tuned, "--max_completion_length", 200
@@ -125,6 +126,7 @@ def test_a_pipe_gets_plain_text(tuned, tiny):
     assert out.startswith(again)
 
 
+@pytest.mark.slow
 def test_a_model_trained_in_full_is_compared_with_its_base(tiny, tmp_path):
     shutil.copytree(tiny[0], tmp_path/"full")
     out, err = piped("Why?\n", "chat", tmp_path/"full", status=2)

@@ -88,6 +88,7 @@ def test_a_reward_function_fails_in_one_process(run, straight, tmp_path, rank):
     assert damage(tmp_path/"checkpoint-2") is None and resumes(run, tmp_path, straight)
 
 
+@pytest.mark.slow
 def test_a_reward_function_hangs_in_one_process(run, tmp_path):
     found = run(tmp_path/"limited", "--reward_timeout", .5, update=2, what="time.sleep(100)")
     assert "Reward judge took more than 0.5 s for 2 prompts" in message(found)
@@ -163,6 +164,7 @@ def workers(parent) -> list[int]: # By rank
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_under_the_launcher(tiny, tmp_path):
     launcher = launched(*flags(tiny, tmp_path/"run", "--max_steps", 1000, "--save_steps", 1, "--save_total_limit", 2))
     while not (tmp_path/"run"/"checkpoint-1").exists(): time.sleep(.1)

@@ -34,7 +34,7 @@ OTHERS = dict(label_smoothing_factor=.1, torch_compile_backend="inductor", torch
               dataloader_prefetch_factor=2, dataloader_multiprocessing_context="spawn", label_names=["labels"],
               train_sampling_strategy="sequential", length_column_name="len", ddp_find_unused_parameters=True,
               ddp_bucket_cap_mb=25, ddp_broadcast_buffers=True, ddp_static_graph=True, pad_to_multiple_of=8,
-              cache_implementation="static", vllm_model_impl="transformers", vllm_structured_outputs_regex="a*",
+              vllm_model_impl="transformers", vllm_structured_outputs_regex="a*",
               vllm_gpu_memory_utilization=.5, vllm_max_model_length=512, vllm_tensor_parallel_size=2,
               transformers_continuous_batching_config=dict(max_batch_tokens=64))
 WRONG = {name: FLAGS.get(name, OTHERS.get(name)) for name in REFUSED} # A value of each that is not its default

@@ -84,12 +84,14 @@ def test_no_repository_is_said_before_training(tiny, tmp_path, hub):
     assert not (tmp_path/"run"/"adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_away_at_a_checkpoint_does_not_end_the_run(tiny, tmp_path, hub):
     hub.refuse = lambda path: "/preupload/" in path and sum("/preupload/" in p for p, _ in hub.asked) == 1
     said = push(tiny, tmp_path/"run", hub, "--hub_strategy", "every_save")
     assert "Not uploaded" in said and hub.message == "End of training"
 
 
+@pytest.mark.slow
 def test_an_upload_that_fails_loses_nothing(tiny, tmp_path, hub):
     hub.refuse = lambda path: "/commit/" in path
     said = push(tiny, tmp_path/"run", hub, status=1)

@@ -89,8 +89,9 @@ def own_signals():
     for number, handler in before.items(): signal.signal(number, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_signals")
-@pytest.mark.parametrize("name", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_our_program_starts_processes(name, tiny, one, tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     config = tmp_path/"run.yaml"

@@ -47,6 +47,7 @@ def peak(folder, **size):
     return float(run.stdout.split()[-1])
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_lowers_the_peak(tmp_path):
     kept, recomputed = (
         peak(tmp_path, rows=8, tokens=256, layers=24, hidden=128, vocab=1000, checkpointing=on) for on in (0, 1)
@@ -54,6 +55,7 @@ def test_gradient_checkpointing_lowers_the_peak(tmp_path):
     assert recomputed < .6 * kept, (kept, recomputed)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_completions_times_vocabulary(tmp_path):
     short, long = (
         peak(tmp_path, rows=4, tokens=n, layers=1, hidden=32, vocab=250_880, checkpointing=0) for n in (128, 512)

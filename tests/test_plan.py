@@ -263,6 +263,7 @@ def test_8_bits_leave_the_output_layer(original):
     )
 
 
+@pytest.mark.slow
 def test_what_saves_memory(original, on_t4):
     def peak(model_args=original, **given): return plan(model_args, its_settings(**given), GPUS["T4"]).peak
     eight = dict(per_device_train_batch_size=8, steps_per_generation=1)
@@ -302,8 +303,9 @@ def test_without_a_gpus_name_it_is_this_machine_and_three_gpus(named, capsys):
     for name in ("this machine", "T4", "L4", "A100"): assert f"fits {name}:" in out
 
 
+@pytest.mark.slow
 @linux
-@pytest.mark.parametrize("name", ["small, LoRA", pytest.param("small, use_peft False", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["small, LoRA", "small, use_peft False"])
 def test_within_15_per_cent_of_the_measured_peak_small(name, tmp_path_factory):
     check(name, tmp_path_factory)
 

@@ -50,6 +50,7 @@ def flags(tiny, out):
     return [f for f in short(*tiny, out, "--do_eval", "--max_eval_samples", 4) if f != "--disable_tqdm"]
 
 
+@pytest.mark.slow
 def test_a_terminal_has_one_block_and_lines_above_it(tiny, tmp_path):
     status, sent = on_a_terminal([Path(sys.executable).parent/"rlhf-nb", *flags(tiny, tmp_path/"run")])
     assert status == 0, sent
@@ -62,6 +63,7 @@ def test_a_run_that_fails_gives_the_terminal_back(tmp_path):
     assert status == 1 and "judge" in sent and sent.rindex("\x1b[?25h") < sent.rindex("KeyError")
 
 
+@pytest.mark.slow
 def test_a_file_has_a_line_for_each_entry_and_quiet_none(tiny, tmp_path):
     said = rlhf_nb(*flags(tiny, tmp_path/"run"))
     lines = [line.split(" |")[0] for line in said.splitlines() if line.startswith("update ")]

@@ -1,0 +1,198 @@
+"""Sampling in steps of fixed shapes, which a GPU repeats from a CUDA graph: launching kernels takes longer than they do.
+
+`rollout.generate` is the plain loop that gives the same tokens; `tests/test_decoding.py` compares them.
+"""
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+)
+
+from .errors import first_line
+from .kernels import token_logprobs
+from .models import ActorCritic
+from .rollout import Generated, sample_tokens
+
+if TYPE_CHECKING:
+    from .rollout import Generation
+
+logger = logging.getLogger(__name__)
+
+LOOK = 8     # Steps between two looks at which rows have ended: each look waits for the GPU
+FEWEST = 4   # Rows that stay together: with fewer, a step takes as long, for it reads the same weights
+WARM_UP = 2  # Steps before one is captured, in which libraries allocate what they need
+
+
+class FixedLayer(StaticLayer):
+    "Keys and values of all positions that a batch can have; `at`, on the device, says which is next."
+
+    def __init__(self,
+                 layer: DynamicLayer, # After the prompts
+                 length: int,         # Positions
+                 at: Tensor):         # The next one; all layers share it, (1,)
+        super().__init__(length)
+        self.is_sliding = layer.is_sliding # The mask hides what is outside of the window
+        self.is_initialized = True
+        self.cumulative_length = at
+        found = layer.keys, layer.values
+        self.dtype = min((x.dtype for x in found), key=lambda dtype: dtype.itemsize) # Autocast attends in it
+        self.device = at.device
+        self.keys, self.values = (x.new_zeros(*x.shape[:2], length, x.shape[3], dtype=self.dtype) for x in found)
+        kept = layer.keys.shape[2] # Of the prompt; a sliding window has only its end
+        start = layer.get_seq_length() - kept
+        for space, x in zip((self.keys, self.values), found): space[:, :, start:start + kept] = x
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        "Write keys and values of one position, and return all."
+        for space, new in ((self.keys, key_states), (self.values, value_states)):
+            space.index_copy_(2, self.cumulative_length, new.to(space.dtype))
+        return self.keys, self.values
+
+    def get_seq_length(self) -> Tensor: # Scalar
+        "The position that is next."
+        return self.cumulative_length[0]
+
+    def reorder_cache(self, beam_idx: Tensor):
+        "Keep some rows."
+        self.keys, self.values = self.keys[beam_idx], self.values[beam_idx]
+
+
+def fits(cache: Cache | None) -> bool:
+    "Are all layers of the cache of kinds whose shapes can be fixed?"
+    kinds = DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+    layers = getattr(cache, "layers", None)
+    return bool(layers) and all(type(layer) in kinds for layer in layers)
+
+
+class Batch:
+    "Rows that are sampled a token at a time, with all state on the device: a step neither waits nor changes a shape."
+
+    def __init__(self,
+                 policy: ActorCritic,
+                 query_mask: Tensor,      # (B, P)
+                 cache: Cache,            # After the prompts
+                 generation: "Generation",
+                 uniforms: Tensor | None): # (B, max_length); None: the most likely tokens
+        self.policy, self.cache, self.generation, self.uniforms = policy, cache, generation, uniforms
+        device = query_mask.device
+        n, width = query_mask.shape
+        length = generation.max_length
+        self.at = torch.full((1,), width, device=device)         # Of the next token, in the cache
+        self.t = torch.zeros(1, dtype=torch.long, device=device) # And in the completion
+        self.mask = F.pad(query_mask.long(), (0, length))
+        self.token = torch.zeros(n, 1, dtype=torch.long, device=device)
+        self.rows = torch.arange(n, device=device)               # Which these are among the B
+        self.eos = torch.tensor(generation.sampling.eos_token_ids, device=device)
+        self.completions = torch.full((n, length), generation.pad_id, device=device)
+        self.sampled = torch.zeros_like(self.completions)
+        self.logprobs = torch.zeros(n, length, device=device)
+        self.ended = torch.zeros(n, dtype=torch.bool, device=device)
+        for i, layer in enumerate(cache.layers):
+            if isinstance(layer, DynamicLayer): cache.layers[i] = FixedLayer(layer, width + length, self.at)
+
+    def take(self, logits: Tensor): # (n, 1, V)
+        "Sample a token for each row, and note it."
+        sampling = self.generation.sampling
+        x = logits[:, -1].float()
+        if sampling.temperature != 1: x = x / sampling.temperature
+        if sampling.min_length:
+            barred = x.index_fill(1, self.eos, torch.finfo(x.dtype).min)
+            x = torch.where(self.t < sampling.min_length, barred, x)
+        if self.uniforms is None:
+            new = x.argmax(-1)
+            found = token_logprobs(x, new)
+        else:
+            for warper in self.generation.warpers: x = warper(None, x)
+            new, found = sample_tokens(x, self.uniforms[self.rows].index_select(1, self.t)[:, 0])
+        place = self.rows, self.t.expand_as(self.rows)
+        before = self.ended[self.rows]
+        self.completions.index_put_(place, new.masked_fill(before, self.generation.pad_id))
+        self.logprobs.index_put_(place, found.masked_fill(before, 0.))
+        self.sampled.index_put_(place, (~before).long())
+        self.ended.index_copy_(0, self.rows, before | (new[:, None] == self.eos).any(1))
+        self.token.copy_(new[:, None])
+        self.t.add_(1)
+
+    def step(self):
+        "Compute the next token of each row."
+        self.mask.index_fill_(1, self.at, 1)
+        inputs = self.policy.accepted(self.token, self.mask, self.mask.sum(1, keepdim=True) - 1, keep=1)
+        self.take(self.policy.run_with_cache(inputs, self.cache).logits)
+        self.at.add_(1)
+
+    def look(self, start: int, end: int) -> list[int]: # Tokens since the last look
+        "End rows at their stop strings; places of those that have not ended among `rows`."
+        for t in range(start, end) if self.generation.stop else ():
+            hit = self.generation.stop(self.completions[:, :t + 1]) & (self.sampled[:, t] > 0)
+            self.ended |= hit
+            for x, rest in ((self.completions, self.generation.pad_id), (self.sampled, 0), (self.logprobs, 0.)):
+                x[:, t + 1:].masked_fill_(hit[:, None], rest)
+        return (~self.ended[self.rows]).nonzero()[:, 0].tolist()
+
+    def shrink(self, running: list[int]): # From `look`
+        "Go on with half of the rows, a quarter, ..., as few as hold those that have not ended."
+        n = len(self.rows)
+        while n // 2 >= max(len(running), FEWEST): n //= 2
+        others = [i for i in range(len(self.rows)) if i not in {*running}]
+        kept = torch.tensor([*running, *others][:n], device=self.rows.device)
+        self.rows, self.mask, self.token = self.rows[kept], self.mask[kept], self.token[kept]
+        self.cache.reorder_cache(kept)
+
+
+class Repeated:
+    "A function without arguments that is called again and again: on a GPU captured, then replayed."
+
+    def __init__(self, function: Callable[[], None], capture: bool):
+        self.function, self.capture = function, capture
+        self.calls, self.graph = 0, None
+        self.problem: str | None = None # Why it could not be captured
+
+    def __call__(self):
+        if self.capture and self.calls == WARM_UP and not self.problem: self.try_capture()
+        self.calls += 1
+        if self.graph: self.graph.replay()
+        else: self.function()
+
+    def try_capture(self):
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"): self.function()
+        except torch.OutOfMemoryError: raise
+        except RuntimeError as e: self.problem = first_line(e)
+        else: self.graph = graph
+
+
+@torch.no_grad()
+def generate_static(policy: ActorCritic,
+                    query_ids: Tensor,        # Prompts, padded on the left, (B, P)
+                    query_mask: Tensor,       # 1 for real tokens, (B, P)
+                    generation: "Generation", # Without processors
+                    uniforms: Tensor | None,  # As for `generate`
+) -> tuple[Generated | None, str | None]:     # Completions; why the next ones should come from `generate`
+    "What `generate` gives, from steps of fixed shapes; on a GPU a graph, which lives as long as its rows are together."
+    logits, cache = policy.next_logits(query_ids, query_mask.long(), None)
+    if not fits(cache): return None, f"the cache of a {policy.lm.config.model_type} has no fixed shape"
+    batch = Batch(policy, query_mask, cache, generation, uniforms)
+    batch.take(logits)
+    step, problem, seen, done = None, None, 0, 1
+    while running := batch.look(seen, done):
+        if done == generation.max_length: break
+        if step is None or len(batch.rows) // 2 >= max(len(running), FEWEST):
+            batch.shrink(running)
+            step = Repeated(batch.step, capture=query_ids.is_cuda and not problem)
+        seen = done
+        done = min(done + LOOK, generation.max_length)
+        for _ in range(seen, done): step()
+        problem = problem or step.problem
+    longest = batch.sampled.sum(1).max().item()
+    found = (x[:, :longest] for x in (batch.completions, batch.sampled, batch.logprobs))
+    return Generated(*found, batch.ended), problem
