@@ -1,4 +1,4 @@
-"""Sampling in steps of fixed shapes, which a GPU repeats from a CUDA graph: launching kernels takes longer than they do.
+"""Sampling in steps of fixed shapes, which a GPU repeats from a CUDA graph: kernels take less time than their launch.
 
 `rollout.generate` is the plain loop that gives the same tokens; `tests/test_decoding.py` compares them.
 """
@@ -12,14 +12,12 @@ from torch.nn import functional as F
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
     StaticLayer,
 )
 
 from .errors import first_line
 from .kernels import token_logprobs
-from .models import ActorCritic
+from .models import ActorCritic, unwrapped
 from .rollout import Generated, sample_tokens
 
 if TYPE_CHECKING:
@@ -29,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 LOOK = 8     # Steps between two looks at which rows have ended: each look waits for the GPU
 FEWEST = 4   # Rows that stay together: with fewer, a step takes as long, for it reads the same weights
+FIXABLE = "DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer" # Layers of a cache
 WARM_UP = 2  # Steps before one is captured, in which libraries allocate what they need
 
 
@@ -66,11 +65,11 @@ class FixedLayer(StaticLayer):
         self.keys, self.values = self.keys[beam_idx], self.values[beam_idx]
 
 
-def fits(cache: Cache | None) -> bool:
-    "Are all layers of the cache of kinds whose shapes can be fixed?"
-    kinds = DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
-    layers = getattr(cache, "layers", None)
-    return bool(layers) and all(type(layer) in kinds for layer in layers)
+def fits(policy: ActorCritic, cache: Cache | None) -> bool:
+    "Does transformers say that the model computes with fixed shapes, and can the layers of its cache have them?"
+    kinds = {type(layer) for layer in getattr(cache, "layers", ())}
+    known = all(kind.__name__ in FIXABLE and kind.__module__ == Cache.__module__ for kind in kinds)
+    return bool(kinds) and known and unwrapped(policy.lm)._can_compile_fullgraph
 
 
 class Batch:
@@ -180,7 +179,7 @@ def generate_static(policy: ActorCritic,
 ) -> tuple[Generated | None, str | None]:     # Completions; why the next ones should come from `generate`
     "What `generate` gives, from steps of fixed shapes; on a GPU a graph, which lives as long as its rows are together."
     logits, cache = policy.next_logits(query_ids, query_mask.long(), None)
-    if not fits(cache): return None, f"the cache of a {policy.lm.config.model_type} has no fixed shape"
+    if not fits(policy, cache): return None, f"a {policy.lm.config.model_type} does not compute with fixed shapes"
     batch = Batch(policy, query_mask, cache, generation, uniforms)
     batch.take(logits)
     step, problem, seen, done = None, None, 0, 1

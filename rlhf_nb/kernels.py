@@ -352,7 +352,8 @@ def score_chunk(hidden: Tensor,                       # (n, H)
         if with_grad: logits[some] = p
 
     def direction(own: Tensor | float, factors: Tensor) -> Tensor:
-        return ((own - float32_product(factors.to(weight.dtype), weight) / total) / sampling.temperature).to(hidden.dtype)
+        found = own - float32_product(factors.to(weight.dtype), weight) / total
+        return (found / sampling.temperature).to(hidden.dtype)
 
     grad = direction(weight[ids], logits) if with_grad else None
     entropy_grad = None if deviation is None else direction(0., deviation)
@@ -523,7 +524,7 @@ def packed_for_generation(lm: PreTrainedModel, # Without peft's wrapper
     inside_lora = {part for m in lora for part in m.modules()}
     linear = [m for m in modules if type(m) is nn.Linear and m not in inside_lora]
     packed = [m for m in linear if on_cpu and (int8 or m.weight.dtype == torch.bfloat16)]
-    norms = {m for m in modules if type(m) is nn.LayerNorm and m.weight is not None} if autocast_on_gpu(lm.device) else {}
+    norms = {m for m in modules if type(m) is nn.LayerNorm and m.weight is not None and autocast_on_gpu(lm.device)}
     layers = [m for m in [*lora, *packed, *norms] if "forward" not in vars(m)]
     mlps = {m.dense_h_to_4h: m for m in modules if type(m) is FusedBloomMLP}
     try:

@@ -554,6 +554,7 @@ def as_decoder(model: str | Decoder, # Hub name or folder, or a model
         if args.model_init_kwargs or quantization_config:
             logger.warning("model_init_kwargs and quantization_config have no effect on a model that is loaded already")
         lm = model if hasattr(model, "hf_device_map") else model.to(load_device(args))
+    widen_residual_stream(lm)
     if peft_config: lm = add_adapter(lm, peft_config)
     check_trained(lm, name)
     if args.disable_dropout: disable_dropout_in_model(lm)

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainingAr
 from transformers.integrations import TensorBoardCallback
 from trl import RLOOConfig
 
-from rlhf_nb import PPOConfig, PPOTrainer
+from rlhf_nb import PPOConfig, PPOTrainer, decoding
 from rlhf_nb.config import NEUTRAL, OTHER_DEFAULTS, REFUSED, default_of, wanted_precision
+from rlhf_nb.decoding import generate_static
 
 sys.path.insert(0, str(ROOT/"docs"))
 from settings import settings_table  # noqa: E402
@@ -484,6 +485,19 @@ def check_vllm(kit, monkeypatch):
     with pytest.raises(ValueError, match="vllm_mode"): kit.args(use_vllm=True, vllm_mode="colocate")
     with pytest.raises(ValueError, match="ds3_gather_for_generation"):
         kit.args(use_vllm=True, ds3_gather_for_generation=False)
+
+@acts("cache_implementation")
+def check_cache_implementation(kit, monkeypatch):
+    calls = []
+    def counted(*given):
+        calls.append(given)
+        return generate_static(*given)
+    monkeypatch.setattr(decoding, "generate_static", counted)
+    plain = completions(kit)
+    assert not calls, "the default on a CPU"
+    assert completions(kit, cache_implementation="dynamic") == plain and not calls
+    assert completions(kit, cache_implementation="static") == plain and calls
+    with pytest.raises(ValueError, match="cache_implementation"): kit.args(cache_implementation="offloaded")
 
 @acts("reward_weights", "reward_clip_range")
 def check_rewards(kit, monkeypatch):

@@ -42,6 +42,13 @@ def make(*funcs, tokenizers=None, **settings):
     return Rewards(list(funcs), tokenizers, PPOConfig("out", report_to="none", **settings))
 
 
+def overflows(tok):
+    "A classifier whose activations leave float16's range, and not float32's."
+    model = llama(tok)
+    with torch.no_grad(): model.model.layers[0].mlp.up_proj.weight *= 1e6
+    return model
+
+
 def fails(text, func, prompts=("one", "two"), completions=("a", "bc"), **settings):
     with pytest.raises(ValueError) as e: make(func, **settings)(rolled(list(prompts), list(completions)))
     assert text in str(e.value), str(e.value)
@@ -159,6 +166,31 @@ def test_equal_pairs_are_scored_once_and_less_memory_is_enough():
 
 
 # What a function gets
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_model_that_overflows_in_16_bits_goes_on_in_float32(dtype, caplog):
+    tok = policy_tokenizer()
+    exact = RewardModel(overflows(tok), tok)(QUESTIONS, ANSWERS)
+    assert all(map(math.isfinite, exact))
+    reward = RewardModel(overflows(tok).to(dtype), tok, batch_size=2)
+    assert reward(QUESTIONS, ANSWERS) == pytest.approx(exact, rel=.01)
+    assert reward.model.dtype == torch.float32
+    said = [r.message for r in caplog.records if "float32 from now on" in r.message]
+    assert len(said) == (dtype == torch.float16) and all("in float16: its weights" in text for text in said)
+    caplog.clear()
+    reward(QUESTIONS[::-1], ANSWERS)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", None])
+def test_the_type_of_a_reward_model(dtype, tmp_path):
+    model, tok = tiny_reward_model()
+    model.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    named, given = make(str(tmp_path), model.half(), tokenizers=[None, tok], reward_dtype=dtype, bf16=False).funcs
+    wanted = torch.float32 if dtype is None else getattr(torch, dtype)
+    assert named.model.dtype == wanted and given.model.dtype == (torch.float16 if dtype is None else wanted)
+
 
 def test_arguments_are_those_of_trl():
     seen = {}

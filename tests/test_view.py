@@ -8,6 +8,7 @@ import termios
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 from test_cli import rlhf_nb, short
 
