@@ -45,7 +45,7 @@ def make(*funcs, tokenizers=None, **settings):
 def overflows(tok):
     "A classifier whose activations leave float16's range, and not float32's."
     model = llama(tok)
-    with torch.no_grad(): model.model.layers[0].mlp.up_proj.weight *= 1e6
+    with torch.no_grad(): model.model.layers[0].mlp.up_proj.weight *= 5e5
     return model
 
 
