@@ -229,10 +229,12 @@ def widen_residual_stream(lm: PreTrainedModel | PeftModel):
 
 @cache
 def has_float32_products(device_type: str, dtype: torch.dtype) -> bool:
-    "Does the device multiply matrices of this type with a result in float32?"
+    "Does the device multiply matrices of this type with a result in float32? Of those that PyTorch has, a GPU does."
+    if device_type != "cuda" or dtype.itemsize != 2: return False
     x = torch.zeros(16, 16, dtype=dtype, device=device_type)
-    try: return dtype.itemsize == 2 and torch.mm(x, x, out_dtype=torch.float32).dtype == torch.float32
-    except (NotImplementedError, RuntimeError): return False
+    try: torch.mm(x, x, out_dtype=torch.float32)
+    except (NotImplementedError, RuntimeError, TypeError): return False
+    return True
 
 
 def float32_product(x: Tensor,    # (n, k)
@@ -501,9 +503,7 @@ def float32_norm(layer: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
 MERGED = .1 # Share of a GPU's memory that merged weights may take
 
 
-def autocast_on_gpu(device: torch.device) -> bool:
-    "Are layer norms computed in float32 at the moment, as autocast does on a GPU?"
-    return device.type != "cpu" and torch.is_autocast_enabled(device.type)
+def is_cpu(device: torch.device) -> bool: return device.type == "cpu"
 
 
 def memory_of(device: torch.device) -> int: # Bytes
@@ -518,13 +518,14 @@ def packed_for_generation(lm: PreTrainedModel, # Without peft's wrapper
 ) -> Iterator[None]:
     "Inside, LoRA is merged into copies of the weights, on a CPU packed; the parameters stay as they are."
     modules = [*lm.modules()] if is_gathered(lm) else []
-    on_cpu = lm.device.type == "cpu"
+    on_cpu = is_cpu(lm.device)
     lora = [m for m in modules if mergeable(m)]
     if not on_cpu and sum(m.weight.nbytes for m in lora) > MERGED * memory_of(lm.device): lora = []
     inside_lora = {part for m in lora for part in m.modules()}
     linear = [m for m in modules if type(m) is nn.Linear and m not in inside_lora]
     packed = [m for m in linear if on_cpu and (int8 or m.weight.dtype == torch.bfloat16)]
-    norms = {m for m in modules if type(m) is nn.LayerNorm and m.weight is not None and autocast_on_gpu(lm.device)}
+    norms = {m for m in modules if type(m) is nn.LayerNorm and m.weight is not None}
+    if on_cpu or not torch.is_autocast_enabled(lm.device.type): norms = set() # There, autocast has them in float32
     layers = [m for m in [*lora, *packed, *norms] if "forward" not in vars(m)]
     mlps = {m.dense_h_to_4h: m for m in modules if type(m) is FusedBloomMLP}
     try:

@@ -114,6 +114,7 @@ class Memory(TorchDispatchMode):
         self.vocab = vocab
         self.part: str | None = None # Of new tensors; None: activations, or logits
         self.phase = ""
+        self.launched = 0 # Operations so far that a GPU would have a kernel for
         self.held: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
         self.storages = weakref.WeakKeyDictionary() # Storage -> its part and bytes, as a dict
@@ -121,6 +122,7 @@ class Memory(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = known_result(func.overloadpacket.__name__, *args[:3])
         if found is None: found = func(*args, **(kwargs or {}))
+        self.launched += launches(func)
         for x in tree_leaves(found):
             if isinstance(x, Tensor): self.note(x)
         return found
@@ -139,10 +141,18 @@ class Memory(TorchDispatchMode):
         if self.held.total() > self.peaks.get(self.phase, Counter()).total(): self.peaks[self.phase] = self.held.copy()
 
 
+def launches(func: Any) -> bool: # An operation of torch
+    "Does it run a kernel? Views and allocations do not."
+    if func.overloadpacket.__name__ in TABLES["no_kernel"]: return False
+    aliases = (result.alias_info for result in func._schema.returns)
+    return not any(alias is not None and not alias.is_write for alias in aliases)
+
+
 def known_result(name: str, x: Any = None, y: Any = None, z: Any = None) -> Any: # None: run the operation
     "Results that depend on numbers, which fake tensors do not have."
     match name:
         case "equal": return True
+        case "mm" if isinstance(z, torch.dtype): return x.new_empty(len(x), y.shape[1], dtype=z) # On a GPU
         case "_local_scalar_dense": return x.dtype == torch.bool or 1
         case "nonzero": return x.new_empty(x.numel(), x.ndim, dtype=torch.long)
         case "_reorder_linear_weight": return x.new_empty(x.shape)
@@ -252,6 +262,7 @@ class Rehearsal:
         self.prompt = args.max_prompt_length or max(1, (longest(self.lm.config) or 2048) - self.completion)
         self.length = self.prompt + self.completion
         self.judged = min(self.length, longest(self.reward.config) or self.length)
+        self.launches: dict[str, int] = {} # Of a pass: by phase, of the prompt, of a later token, of a micro-batch
         self.sampling = Sampling(args.temperature, args.min_completion_length, (0,))
 
     def run(self):
@@ -260,12 +271,23 @@ class Rehearsal:
             if self.device.kind == "cuda":
                 patches.enter_context(patch.object(F, "layer_norm", layer_norm_of_gpu))
                 patches.enter_context(patch.object(kernels, "BLOCK", CHUNK))
+                half = self.dtype.itemsize == 2
+                patches.enter_context(patch.multiple(
+                    kernels, has_float32_products=lambda *_: half, is_cpu=lambda _: False,
+                    memory_of=lambda _: self.device.memory,
+                ))
             for p in self.policy.parameters():
                 if p.requires_grad:
                     p.register_post_accumulate_grad_hook(lambda p: self.memory.note(p.grad, "gradients"))
             for phase in OVER:
                 self.memory.phase = phase
-                getattr(self, phase)()
+                self.launches[phase] = self.counted(getattr(self, phase))
+
+    def counted(self, work: Callable[[], None]) -> int:
+        "Launches of kernels."
+        before = self.memory.launched
+        work()
+        return self.memory.launched - before
 
     def tokens(self, rows: int) -> Tokens:
         "Prompts and completions of full length."
@@ -281,10 +303,11 @@ class Rehearsal:
             preallocate(full, self.length)
         with self.cast, ExitStack() as packed:
             with patch.object(self.memory, "part", "packed weights"):
-                if self.device.kind == "cpu":
-                    packed.enter_context(packed_for_generation(self.lm, self.rows, self.args.rollout_int8))
-            self.next_token(None, self.prompt, self.prompt)
-            self.next_token(full, self.length if full is None else 1, self.length)
+                int8 = self.args.rollout_int8 and self.device.kind == "cpu"
+                packed.enter_context(packed_for_generation(self.lm, self.rows, int8))
+            self.launches["prompt"] = self.counted(lambda: self.next_token(None, self.prompt, self.prompt))
+            new = self.length if full is None else 1
+            self.launches["token"] = self.counted(lambda: self.next_token(full, new, self.length))
 
     def next_token(self, cache: Cache | None, new: int, seen: int) -> Cache | None: # Tokens
         "Sample it; the cache as it is afterwards."
@@ -311,10 +334,13 @@ class Rehearsal:
         "Passes of one optimizer step."
         with recomputed(self.policy, bool(self.args.gradient_checkpointing)):
             for _ in range(min(2, self.args.gradient_accumulation_steps)):
-                tokens = self.tokens(self.args.per_device_train_batch_size)
-                with self.cast: out = self.policy(tokens, self.sampling, entropy=self.args.ent_coef > 0)
-                (out.logprobs + out.values + (0. if out.entropy is None else out.entropy)).sum().backward()
-                del out
+                self.launches["micro-batch"] = self.counted(self.micro_batch)
+
+    def micro_batch(self):
+        "Forward and backward pass."
+        tokens = self.tokens(self.args.per_device_train_batch_size)
+        with self.cast: out = self.policy(tokens, self.sampling, entropy=self.args.ent_coef > 0)
+        (out.logprobs + out.values + (0. if out.entropy is None else out.entropy)).sum().backward()
 
     def least(self) -> dict[str, float]:
         "Seconds of an update that bytes and operations alone take; nothing where a rate is not known."
@@ -335,6 +361,26 @@ class Rehearsal:
             update=self.args.num_iterations * passes * once,
         )
 
+    def estimate(self, floor: dict[str, float]) -> dict[str, float]: # What `least` gives
+        "Seconds of an update on a GPU: kernels take a time of their own, and may wait for Python to launch them."
+        args, n = self.args, self.launches
+        rounds = -(-self.batch // self.rows)
+        passes = dict(generate=rounds, logprobs=rounds, score=-(-self.batch // args.reward_batch_size),
+                      update=args.num_iterations * -(-self.batch // args.per_device_train_batch_size))
+        each = dict(n, generate=n["prompt"], update=n["micro-batch"])
+        kernels = {phase: passes[phase] * each[phase] for phase in floor}
+        launched = dict(kernels)
+        later = rounds * (self.completion - 1) * n["token"]
+        kernels["generate"] += later
+        if not captured(self.lm, args): launched["generate"] += later
+        return {phase: max(s + TABLES["kernel"] * kernels[phase], TABLES["launch"] * launched[phase])
+                for phase, s in floor.items()}
+
+
+def captured(lm: PreTrainedModel, args: PPOConfig) -> bool:
+    "Are tokens sampled from a CUDA graph, on a GPU?"
+    return args.cache_implementation != "dynamic" and lm._can_compile_fullgraph
+
 
 # The plan
 
@@ -346,6 +392,9 @@ class Plan(NamedTuple):
     parameters: dict[str, int]          # By model; and what is trained
     phases: dict[str, Counter]  # Bytes by part, at the most of each phase
     floor: dict[str, float]  # Seconds of an update by phase, at the device's limits; empty where rates are not known
+    times: dict[str, float]  # What they may be: measured over floor on a CPU, with launches on a GPU
+    launches: dict[str, int] # Of kernels, in a pass of each phase; `token`: in a step of sampling
+    captured: bool           # Is that step a CUDA graph?
 
     @property
     def phase(self) -> str:
@@ -402,7 +451,11 @@ def plan(model_args: ModelArguments, args: PPOConfig, device: Device) -> Plan:
     copied = get_model_param_count(policy.ref_lm) if policy.ref_lm else 0
     parameters = dict(policy=get_model_param_count(policy) - copied, trained=trained,
                       reward=get_model_param_count(reward))
-    return Plan(device, dtype, parameters, phases, rehearsal.least())
+    floor = rehearsal.least()
+    times = {phase: s * OVER[phase] for phase, s in floor.items()}
+    if device.kind == "cuda": times = rehearsal.estimate(floor)
+    graph = device.kind == "cuda" and captured(rehearsal.lm, args)
+    return Plan(device, dtype, parameters, phases, floor, times, rehearsal.launches, graph)
 
 
 # What to change
@@ -479,13 +532,15 @@ def plan_text(model_args: ModelArguments,
     "The plan, for a terminal; `ValueError` for a GPU that is not known and a config that cannot be read."
     found = plan(model_args, args, known_gpu(gpu) if gpu else this_machine())
     on_gpu, n, others = found.device.kind == "cuda", found.parameters, []
+    assumed = {name: TABLES[name] * 1e6 for name in ("launch", "kernel")}
     told = advice(model_args, args, found)
     if not gpu:
         half = found if on_gpu else plan(model_args, args, GPUS["T4"])
         others = [half._replace(device=GPUS[name]) for name in ("T4", "L4", "A100")]
-    times = {phase: s * (1 if on_gpu else OVER[phase]) for phase, s in found.floor.items()}
     last = told[-1][2] if told else found
-    text = TEMPLATES.get_template("plan.txt").render(found=found, times=times, told=told, last=last, others=others)
+    text = TEMPLATES.get_template("plan.txt").render(
+        found=found, assumed=assumed, told=told, last=last, others=others
+    )
     return Group(
         f"Policy: {n['policy']:,} parameters, {n['trained']:,} of them trained. Reward model: {n['reward']:,}.",
         plan_table(found),

@@ -20,7 +20,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
