@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['logger', 'Decoder', 'CRITIC', 'REFERENCE', 'STATE_SPACE', 'UNSUPPORTED', 'VALUE_HEAD', 'TRIALS', 'Tokens', 'Sampling',
            'sampling_logits', 'unwrapped', 'known_tokens', 'has_router', 'positions', 'run_decoder', 'score_response',
-           'keep_trainable', 'use_adapter', 'adapter_is_neutral', 'copy_adapter', 'make_reference', 'add_critic',
-           'train_in_float32', 'PolicyOutput', 'ActorCritic', 'lora_targets', 'not_for_adapters', 'is_causal',
-           'check_decoder', 'load_device', 'hub_arguments', 'load_decoder', 'check_trained', 'add_adapter', 'excluding',
-           'put_adapter', 'check_adapter', 'as_decoder', 'load_critic', 'take_weights', 'load_adapter_weights',
-           'check_rows', 'load_policy', 'router_coefficient', 'load_tokenizer', 'prepare_tokenizer', 'end_tokens',
-           'longest', 'check_ids', 'check_lengths', 'hub_name', 'check_model', 'check_whole', 'load_complete',
-           'loading', 'trained_weights', 'save_policy', 'with_adapter', 'load_weights', 'merge', 'merge_adapter']
+           'keep_trainable', 'use_adapter', 'adapter_is_neutral', 'copy_adapter', 'match_types', 'make_reference',
+           'add_critic', 'train_in_float32', 'PolicyOutput', 'ActorCritic', 'lora_targets', 'not_for_adapters',
+           'is_causal', 'check_decoder', 'load_device', 'hub_arguments', 'load_decoder', 'check_trained', 'add_adapter',
+           'excluding', 'put_adapter', 'check_adapter', 'as_decoder', 'load_critic', 'take_weights',
+           'load_adapter_weights', 'check_rows', 'load_policy', 'router_coefficient', 'load_tokenizer',
+           'prepare_tokenizer', 'end_tokens', 'longest', 'check_ids', 'check_lengths', 'hub_name', 'check_model',
+           'check_whole', 'load_complete', 'loading', 'trained_weights', 'save_policy', 'with_adapter', 'load_weights',
+           'merge', 'merge_adapter']
 
 # %% ../nbs/02_policy.ipynb #b1bcf9d1
 import inspect
@@ -229,7 +230,19 @@ def copy_adapter(lm: PeftModel,
         if weights:
             own = get_peft_model_state_dict(lm, adapter_name=active, save_embedding_layers=False)
             set_peft_model_state_dict(lm, own, adapter_name=name)
+            match_types(lm, name, active)
         lm.set_adapter(active)
+
+def match_types(lm: PeftModel,
+                name: str,   # Adapter whose weights are changed
+                active: str): # Adapter with the same weights
+    "Give an adapter's weights the types that another's have: in float32, modules round other things than in 16 bits."
+    weights = dict(lm.named_parameters())
+    for key, p in weights.items():
+        parts = key.split(".")
+        if name not in parts: continue
+        twin = weights.get(".".join(active if part == name else part for part in parts))
+        if twin is not None: p.data = p.data.to(twin.dtype)
 
 def make_reference(
     lm: Decoder,
@@ -256,6 +269,9 @@ def train_in_float32(lm: Decoder):
     if not half: return
     logger.info("Trained weights are kept in float32; they were loaded as %s", str(half.pop()).removeprefix("torch."))
     for p in trained if isinstance(lm, PeftModel) else lm.parameters(): p.data = p.data.float()
+    if not any(p.requires_grad for p in lm.get_input_embeddings().parameters()): return
+    for m in lm.modules(): # They get float32 from the embeddings, and on a CPU they want one type
+        if isinstance(m, nn.LayerNorm): m.float()
 
 # %% ../nbs/02_policy.ipynb #42fe148f
 class PolicyOutput(NamedTuple):
@@ -609,6 +625,10 @@ def check_rows(policy: ActorCritic):
     most = .001 if lm.dtype == torch.float32 else .05
     both, short = logits(ids, mask), lm(input_ids=ids[:1, 3:], use_cache=False).logits[0].float()
     begun = logits(ids[1:, :4], mask[1:, :4])[0]
+    if not both[mask > 0].isfinite().all():
+        kind_of_number = str(lm.dtype).removeprefix("torch.")
+        raise ValueError(f"a {kind} cannot be a policy in {kind_of_number}: its logits are not finite; other types are "
+                         "dtype=bfloat16 and dtype=float32")
     if not same(both[0, 3:], short, most):
         raise ValueError(f"a {kind} cannot be a policy: in transformers, padding on the left changes its log-probs")
     if not same(both[1, :4], begun, most):

@@ -396,9 +396,10 @@ class PPOTrainer(Trainer):
 
     def give_up(self):
         "End a run whose updates cannot be learned from."
+        kind = str(self.args.dtype).removeprefix("torch.")
         raise RunError(
             f"{self.skips.in_a_row} updates in a row were skipped; in update {self.skips.since} "
-            f"{self.skips.what} not finite. "
+            f"{self.skips.what} not finite, with products in {kind}. "
             f"The last weights are in {self.args.output_dir}/checkpoint-{self.state.global_step}"
         )
 

@@ -11,8 +11,8 @@ from test_architectures import SAMPLING, alone, gradient, sample
 from transformers import AutoModelForCausalLM
 
 from rlhf_nb.config import PPOConfig
-from rlhf_nb.models import load_policy, load_weights, merge, merge_adapter, save_policy, with_adapter
-from rlhf_nb.testing import policy_tokenizer
+from rlhf_nb.models import Tokens, load_policy, load_weights, merge, merge_adapter, save_policy, with_adapter
+from rlhf_nb.testing import policy_tokenizer, tiny_policy
 
 LAYERS = ["q_proj", "v_proj", "down_proj"]
 VARIANTS = dict(
@@ -33,6 +33,10 @@ SETTINGS = dict( # Of single kinds, beside the layers
     LN_TUNING=dict(target_modules=["norm"]), C3A=dict(block_size=16), SHIRA=dict(r=4), ROAD=dict(group_size=16),
     WAVEFT=dict(n_frequency=20), TRAINABLE_TOKENS=dict(token_indices=[4, 5], target_modules=["embed_tokens"]),
     ADAPTION_PROMPT=dict(adapter_len=4, adapter_layers=2, target_modules=None),
+)
+BESIDE = dict( # Modules that are trained beside LoRA
+    llama=["embed_tokens", "norm", "input_layernorm", "lm_head"], bloom=["word_embeddings", "ln_f", "input_layernorm"],
+    gemma3=["embed_tokens", "norm"], gpt2=["wte", "ln_f"], qwen3=["q_norm", "embed_tokens"],
 )
 REFUSED = {
     "pissa_niter", "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING",
@@ -128,3 +132,26 @@ def test_embeddings_that_are_the_output_layer_too(name, kind, tmp_path):
     merge_adapter(str(tmp_path/"base"), str(tmp_path/"adapter"), str(tmp_path/"merged"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path/"merged")
     assert (merged(input_ids=ids).logits - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("arch, name", [(arch, name) for arch, names in BESIDE.items() for name in names])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_modules_beside_lora_in_16_bits(arch, name, dtype):
+    gpu = torch.cuda.is_available() # tests/gpu has this test, too
+    if dtype == torch.float16 and not gpu: pytest.skip("a run in float16 needs a GPU")
+    device = "cuda" if gpu else "cpu"
+    args = PPOConfig("unused", bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not gpu)
+    lm, _ = tiny_policy(arch)
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", modules_to_save=[name])
+    policy = load_policy(lm.to(dtype).to(device), args, None, config)
+    ids = torch.arange(5, 23, device=device).view(2, 9)
+    tokens = Tokens(ids, torch.ones_like(ids), ids.flip(0), torch.ones_like(ids))
+    with torch.autocast(device, dtype):
+        found = policy(tokens, SAMPLING).logprobs
+        with policy.as_reference(): assert (policy(tokens, SAMPLING).logprobs == found).all()
+    found.sum().backward()
+    grads = {n: p.grad for n, p in policy.lm.named_parameters() if p.requires_grad}
+    assert any("modules_to_save" in n for n in grads) and {g.dtype for g in grads.values()} == {torch.float32}
+    assert all(g.isfinite().all() for g in grads.values())
+    exact = load_policy(tiny_policy(arch)[0].to(device), PPOConfig("unused", bf16=False, use_cpu=not gpu), None, config)
+    assert (exact(tokens, SAMPLING).logprobs - found).abs().max() < .1
