@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma3nTextConfig
-from transformers.models.bloom.modeling_bloom import BloomAttention
+from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 
 from rlhf_nb import kernels
@@ -17,6 +17,7 @@ from rlhf_nb.kernels import (
     FusedLora,
     SdpaBloomAttention,
     StridedAttention,
+    attention_bias,
     fuse_layers,
     head_is_plain,
     head_logprobs,
@@ -217,3 +218,34 @@ def test_a_preallocated_cache_is_transformers_cache(arch):
             out = model(ids[keep, n - 1:n], attention_mask=mask[keep, :n], past_key_values=cache).logits
         results.append(out)
     assert_close(*results, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float16, 5e-4), (torch.bfloat16, 3e-3)])
+def test_alibi_is_as_exact_as_16_bits_are_near_the_query(dtype, most):
+    heads, n = 16, 512
+    mask = torch.ones(2, n, dtype=torch.long)
+    mask[1, :100] = 0
+    causal = torch.zeros(2, 1, n, n).masked_fill(~torch.ones(n, n).tril().bool(), torch.finfo(torch.float32).min)
+    causal = causal.masked_fill(mask[:, None, None] == 0, torch.finfo(torch.float32).min)
+    exact = build_alibi_tensor(mask, heads, torch.float64).view(2, heads, 1, n) + causal.double()
+    for queries in (n, 1): # A whole text, and one more token
+        qkv = torch.zeros(2, queries, 1, dtype=dtype)
+        alibi = build_alibi_tensor(mask, heads, torch.float32)
+        found = attention_bias(alibi, causal[:, :, -queries:], qkv, heads)
+        assert found.dtype == dtype and attention_bias(alibi, None, qkv, heads) is found, "one for all layers"
+        wanted = exact[:, :, -queries:].softmax(-1)
+        rows = mask[:, None, -queries:, None] > 0
+        far = ((found.double().softmax(-1) - wanted).abs().sum(-1, keepdim=True) * rows).max()
+        assert far < most, far
+        rounded = build_alibi_tensor(mask, heads, dtype).view(2, heads, 1, n).double() + causal[:, :, -queries:].double()
+        assert ((rounded.softmax(-1) - wanted).abs().sum(-1, keepdim=True) * rows).max() > 10 * most
+
+
+def test_a_pass_of_bloom_makes_one_bias(monkeypatch):
+    made = []
+    monkeypatch.setattr(kernels, "attention_bias", lambda *given: made.append(attention_bias(*given)) or made[-1])
+    model, tok = tiny_policy("bloom")
+    fuse_layers(model)(**batch(tok))
+    assert len(made) == 2 and made[0] is made[1]
+    fuse_layers(model)(**batch(tok))
+    assert made[2] is not made[0]
