@@ -412,7 +412,7 @@ class Sampler:
         strategy = self.strategy
         generation = self.generation
         anyone = strategy.any if strategy.in_step and not args.ds3_gather_for_generation else None
-        fixed = self.static and not (anyone or generation.processors)
+        fixed = self.static and not (strategy.in_step or generation.processors)
         method = self.decode_static if fixed else partial(generate, anyone=anyone)
         with strategy.autocast():
             with strategy.gathered():

@@ -14,7 +14,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
 
 from rlhf_nb.cli import main
 from rlhf_nb.config import ModelArguments, PPOConfig
-from rlhf_nb.memory import GPUS, OVER, Device, Memory, advice, dtype_on, known_gpu, lora, plan, plan_text, this_machine
+from rlhf_nb.memory import (
+    GPUS,
+    OVER,
+    TABLES,
+    Device,
+    Memory,
+    advice,
+    dtype_on,
+    known_gpu,
+    lora,
+    plan,
+    plan_text,
+    this_machine,
+)
 from rlhf_nb.models import load_policy
 from rlhf_nb.rewards import load_reward_model
 from rlhf_nb.testing import DECODERS, deberta_config, reward_tokenizer, tiny_policy
@@ -281,6 +294,22 @@ def test_the_floor_is_the_benchmarks(original):
     assert list(OVER.values()) == pytest.approx(
         [found["ours"][name] / found["floor"][name] for name in found["floor"]], abs=0.01
     )
+
+
+def test_the_time_on_a_gpu_counts_kernels(original, monkeypatch):
+    graph, loop = (plan(original, its_settings(cache_implementation=kind), GPUS["T4"]) for kind in (None, "dynamic"))
+    assert graph.captured and not loop.captured and graph.launches == loop.launches
+    assert all(graph.times[phase] >= seconds for phase, seconds in graph.floor.items())
+    args = its_settings()
+    later = (args.max_completion_length - 1) * graph.launches["token"]
+    waited = 25e-6 * (graph.launches["prompt"] + later)
+    assert loop.times["generate"] == pytest.approx(waited) and loop.times["generate"] > 2 * graph.times["generate"]
+    assert 350 < graph.launches["token"] < 450, "24 layers"
+    monkeypatch.setitem(TABLES, "launch", 0.)
+    monkeypatch.setitem(TABLES, "kernel", 0.)
+    assert plan(original, args, GPUS["T4"]).times == pytest.approx(graph.floor)
+    here = plan(original, args, CPU)
+    assert here.times == {phase: s * OVER[phase] for phase, s in here.floor.items()}
 
 
 def test_advice_makes_it_fit(original):
