@@ -3,7 +3,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PEER = runs/peer
 
-.PHONY: demo test test-slow test-lab bench docs notebooks readme badges clean
+.PHONY: demo test test-slow test-lab test-gpu wheels bench docs notebooks readme badges clean
 
 demo: $(READY)
 	$(BIN)/rlhf-nb demo $(ARGS)
@@ -12,14 +12,22 @@ test: $(READY)
 	$(BIN)/ruff check -q .
 	$(BIN)/python -m pytest -q tests/test_in_step.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python tests/gpu/run.py -q -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
 test-slow: $(VENV)/.lab
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --flags slow
+	$(BIN)/python tests/gpu/run.py -q --slow
 	$(BIN)/python -m pytest -q tests --slow
 
 test-lab: $(VENV)/.lab
 	$(BIN)/python -m pytest -q tests/test_lab.py --slow
+
+test-gpu: $(READY)
+	$(BIN)/python bench/gpu.py runs/gpu $(ARGS)
+
+wheels: $(READY)
+	$(BIN)/python tools/wheels.py .whl $(ARGS)
 
 $(VENV)/.lab: $(READY) tests/lab.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -r tests/lab.txt

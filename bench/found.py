@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import TrainerCallback
 
@@ -37,7 +38,7 @@ def facts() -> dict[str, Any]:
         python=platform.python_version(),
     )
     if on_gpu(): told |= dict(memory=torch.cuda.get_device_properties(0).total_memory, cuda_version=torch.version.cuda)
-    return told | dict(versions={name: version(name) for name in LIBRARIES})
+    return told | dict(versions={name: version(name) for name in LIBRARIES} | dict(torch=torch.__version__))
 
 
 def first_words(error: BaseException, most: int = 200) -> str:
@@ -75,8 +76,9 @@ class Found:
 
     def __init__(self, args: argparse.Namespace): # From `arguments`
         self.out = args.out
-        self.end = time.monotonic() + args.seconds
-        self.told: dict[str, Any] = dict(figures="", table=[], notes=[], problems=[])
+        since = time.time() - psutil.Process().create_time() # Imports take their time, too
+        self.end = time.monotonic() + args.seconds - since
+        self.told: dict[str, Any] = dict(figures="", table=[], notes=[], problems=[], lacking=[])
         self.write()
 
     def write(self, **values):
@@ -110,11 +112,12 @@ class Found:
 
     @contextmanager
     def attempt(self, what: str, ours: bool = True) -> Iterator[None]:
-        "An error inside is noted, and the step goes on; it fails in the end if the error is ours."
+        "Note an error inside, and go on; the step fails in the end, or only lacks something if the error is not ours."
         try: yield
         except Exception as error:
             traceback.print_exc()
             if ours: self.told["problems"].append(f"{what}: {first_words(error)}")
+            else: self.told["lacking"].append(f"{what} ({type(error).__name__})")
             self.note(f"{what}: {first_words(error)}")
 
     def exit_status(self) -> int:

@@ -330,6 +330,11 @@ class PPOConfig(TrainingArguments):
         return json.dumps({k: v for k, v in self.to_dict().items() if k not in PATHS}, indent=2)
 
     @property
+    def recomputes(self) -> bool:
+        "Are activations computed again in the backward pass? Older versions of transformers have only the old name."
+        return any(getattr(self, f"{kind}_checkpointing", None) for kind in ("activation", "gradient"))
+
+    @property
     def dtype(self) -> torch.dtype:
         "Type of the matrix products."
         return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.mixed_precision, torch.float32)
@@ -369,7 +374,7 @@ def settle_batch(args: PPOConfig):
 
 def check_together(args: PPOConfig):
     "`ValueError` for settings that do not go together."
-    kwargs = args.activation_checkpointing_kwargs or {}
+    kwargs = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
     top = max(args.epsilon, args.epsilon_high or 0)
     for wrong, text in [
         (

@@ -147,27 +147,32 @@ class Batch:
         self.cache.reorder_cache(kept)
 
 
+class NotFixed(RuntimeError):
+    "A model whose steps have no fixed shapes, or cannot be captured."
+
+
 class Repeated:
     "A function without arguments that is called again and again: on a GPU captured, then replayed."
 
     def __init__(self, function: Callable[[], None], capture: bool):
         self.function, self.capture = function, capture
         self.calls, self.graph = 0, None
-        self.problem: str | None = None # Why it could not be captured
 
     def __call__(self):
-        if self.capture and self.calls == WARM_UP and not self.problem: self.try_capture()
+        if self.capture and self.calls == WARM_UP: self.graph = captured(self.function)
         self.calls += 1
         if self.graph: self.graph.replay()
         else: self.function()
 
-    def try_capture(self):
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"): self.function()
-        except torch.OutOfMemoryError: raise
-        except RuntimeError as e: self.problem = first_line(e)
-        else: self.graph = graph
+
+def captured(function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    "What it computes, as a graph; `NotFixed` if it waits for the GPU."
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"): function()
+    except torch.OutOfMemoryError: raise
+    except RuntimeError as e: raise NotFixed(first_line(e)) from e
+    return graph
 
 
 @torch.no_grad()
@@ -176,22 +181,21 @@ def generate_static(policy: ActorCritic,
                     query_mask: Tensor,       # 1 for real tokens, (B, P)
                     generation: "Generation", # Without processors
                     uniforms: Tensor | None,  # As for `generate`
-) -> tuple[Generated | None, str | None]:     # Completions; why the next ones should come from `generate`
-    "What `generate` gives, from steps of fixed shapes; on a GPU a graph, which lives as long as its rows are together."
+) -> Generated:
+    "As `generate`, in steps of fixed shapes, on a GPU from a graph that lives as long as its rows; else `NotFixed`."
     logits, cache = policy.next_logits(query_ids, query_mask.long(), None)
-    if not fits(policy, cache): return None, f"a {policy.lm.config.model_type} does not compute with fixed shapes"
+    if not fits(policy, cache): raise NotFixed(f"a {policy.lm.config.model_type} does not compute with fixed shapes")
     batch = Batch(policy, query_mask, cache, generation, uniforms)
     batch.take(logits)
-    step, problem, seen, done = None, None, 0, 1
+    step, seen, done = None, 0, 1
     while running := batch.look(seen, done):
         if done == generation.max_length: break
         if step is None or len(batch.rows) // 2 >= max(len(running), FEWEST):
             batch.shrink(running)
-            step = Repeated(batch.step, capture=query_ids.is_cuda and not problem)
+            step = Repeated(batch.step, capture=query_ids.is_cuda)
         seen = done
         done = min(done + LOOK, generation.max_length)
         for _ in range(seen, done): step()
-        problem = problem or step.problem
     longest = batch.sampled.sum(1).max().item()
     found = (x[:, :longest] for x in (batch.completions, batch.sampled, batch.logprobs))
-    return Generated(*found, batch.ended), problem
+    return Generated(*found, batch.ended)

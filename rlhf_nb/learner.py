@@ -228,7 +228,7 @@ class Learner:
                        critic_only=critic_only, aux_coef=self.aux_coef)
         self.strategy.zero_grad()
         for rows in self.minibatches(len(exp.values)):
-            with recomputed(self.policy, bool(self.args.activation_checkpointing)), self.strategy.passes():
+            with recomputed(self.policy, self.args.recomputes), self.strategy.passes():
                 stats = self.accumulate(exp, rows, loss, None if critic_only else answers) | dict(grad_norm=0.)
                 too_far = self.args.early_stopping and stats["policy/approxkl_avg"] > 1.5 * self.args.target_kl
                 if not math.isfinite(stats["loss"]): problem = "the loss is"

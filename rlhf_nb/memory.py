@@ -332,7 +332,7 @@ class Rehearsal:
 
     def update(self):
         "Passes of one optimizer step."
-        with recomputed(self.policy, bool(self.args.gradient_checkpointing)):
+        with recomputed(self.policy, self.args.recomputes):
             for _ in range(min(2, self.args.gradient_accumulation_steps)):
                 self.launches["micro-batch"] = self.counted(self.micro_batch)
 
@@ -353,7 +353,7 @@ class Rehearsal:
         work = 2 * self.batch / speed # Seconds for a weight and a token of each row
         token = max(rounds * self.dtype.itemsize / self.device.read, work) * (body + head)
         once = work * (body * self.length + head * self.completion)
-        passes = 2 + (self.policy.ref_lm is not None) + bool(self.args.gradient_checkpointing)
+        passes = 2 + (self.policy.ref_lm is not None) + self.args.recomputes
         return dict(
             generate=self.completion * token + work * body * self.prompt,
             logprobs=2 * once,
@@ -363,6 +363,7 @@ class Rehearsal:
 
     def estimate(self, floor: dict[str, float]) -> dict[str, float]: # What `least` gives
         "Seconds of an update on a GPU: kernels take a time of their own, and may wait for Python to launch them."
+        if not floor: return {}
         args, n = self.args, self.launches
         rounds = -(-self.batch // self.rows)
         passes = dict(generate=rounds, logprobs=rounds, score=-(-self.batch // args.reward_batch_size),

@@ -171,7 +171,8 @@ def score_response(hidden: Tensor,        # (B, T, H)
     def some(x: Tensor) -> Tensor: return x.flatten(0, 1)[real]
     early = some(mask.cumsum(1)) <= sampling.min_length
     found = head_logprobs(some(hidden), head, some(tokens.response_ids), early, sampling, entropy)
-    return tuple(None if x is None else x.new_zeros(mask.numel()).index_copy(0, real, x).view(mask.shape) for x in found)
+    def whole(x: Tensor) -> Tensor: return x.new_zeros(mask.numel()).index_copy(0, real, x).view(mask.shape)
+    return tuple(None if x is None else whole(x) for x in found)
 
 # %% ../nbs/02_policy.ipynb #ff35c0c7
 CRITIC = "critic"       # Names of adapters beside the policy's own

@@ -197,13 +197,13 @@ class RewardModel:
         weight = next(self.model.parameters())
         inputs = inputs.to(weight.device)
         scores = self.model(**inputs).logits[:, self.label].float().tolist()
+        bad = [x for x in scores if not math.isfinite(x)]
         half = weight.dtype in (torch.float16, torch.bfloat16) and not getattr(self.model, "is_quantized", False)
-        if half and not all(map(math.isfinite, scores)):
-            logger.warning("%s gave %s in %s: its weights are float32 from now on (reward_dtype=float32 loads them so)",
-                           self.__name__, next(x for x in scores if not math.isfinite(x)), str(weight.dtype).removeprefix("torch."))
-            self.model.float()
-            scores = self.model(**inputs).logits[:, self.label].float().tolist()
-        return scores
+        if not (bad and half): return scores
+        logger.warning("%s gave %s in %s: its weights are float32 from now on (reward_dtype=float32 loads them so)",
+                       self.__name__, bad[0], str(weight.dtype).removeprefix("torch."))
+        self.model.float()
+        return self.model(**inputs).logits[:, self.label].float().tolist()
 
     def alike(self, padded: float, alone: float) -> bool:
         "Return whether a score is the same with padding as without; say so where it is not."
@@ -506,7 +506,7 @@ class Rewards:
         if holders is None or holders >= PartialState().num_processes: judged, metrics = judge(samples)
         else: judged, metrics = on_first(holders, samples, judge)
         total, each = weigh(judged, self.weights)
-        unscored = [sample for sample, x in zip(samples, total) if x.isnan()]
+        unscored = [sample for sample, missing in zip(samples, total.isnan().tolist()) if missing]
         if unscored:
             first = show(unscored[0].row | dict(completion=unscored[0].completion), 300)
             logger.warning(

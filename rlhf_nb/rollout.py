@@ -342,8 +342,8 @@ class Sampler:
         self.limit = math.inf  # Prompts at once, as far as memory is known to suffice
         self.shortened = 0     # Prompts that were longer than max_prompt_length, so far
         self.device = policy.value_head.weight.device
-        fixed = self.device.type == "cuda" if args.cache_implementation is None else args.cache_implementation == "static"
-        self.static = fixed and policy.cache_name is not None # Steps of fixed shapes, as long as they work
+        kind = args.cache_implementation or ("static" if self.device.type == "cuda" else "dynamic")
+        self.static = kind == "static" and policy.cache_name is not None # Steps of fixed shapes, as long as they work
         self.int8 = args.rollout_int8 and self.device.type == "cpu" and torch.backends.mkldnn.is_available()
         if args.rollout_int8 and not self.int8:
             logger.warning("rollout_int8 needs a CPU with oneDNN: on this %s, the policy's own weights are used",
@@ -431,20 +431,21 @@ class Sampler:
     def decode_static(self, policy: ActorCritic, query_ids: Tensor, query_mask: Tensor, generation: Generation,
                       uniforms: Tensor | None) -> Generated:
         "`generate_static` as long as it works, else `generate`; the reason is logged once."
-        from .decoding import generate_static # Imports this module
-        made = None
-        if self.static: made, problem = generate_static(policy, query_ids, query_mask, generation, uniforms)
-        if self.static and problem:
-            logger.warning("Tokens are sampled one kernel at a time from now on, without a CUDA graph: %s", problem)
-            self.static = False
-        return made or generate(policy, query_ids, query_mask, generation, uniforms)
+        from .decoding import NotFixed, generate_static  # Imports this module
+        if self.static:
+            try: return generate_static(policy, query_ids, query_mask, generation, uniforms)
+            except NotFixed as e:
+                logger.warning("Tokens are sampled one kernel at a time from now on, without a CUDA graph: %s", e)
+                self.static = False
+        return generate(policy, query_ids, query_mask, generation, uniforms)
 
     def agrees(self, scored: list[dict[str, Tensor]]) -> bool: # From `score_batch`
         "Did steps of fixed shapes compute what a pass over all tokens does? If not, they are not used again."
         if self.off_policy or not self.static: return True
-        far = max(masked_mean((x["logprobs"] - x["sampling_logprobs"]).abs(), x["response_mask"]).item() for x in scored)
-        if far < FAR: return True
-        logger.warning("Steps of fixed shapes gave log-probs that are %.2g nats off: they are sampled again, and from now "
-                       "on without", far)
+        found = (masked_mean((x["logprobs"] - x["sampling_logprobs"]).abs(), x["response_mask"]) for x in scored)
+        far = max(x.item() for x in found)
+        if not far >= FAR: return True # NaN is no matter of the steps
+        logger.warning("Steps of fixed shapes gave log-probs that are %.2g nats off: their completions are sampled "
+                       "again, without them from now on", far)
         self.static = False
         return False

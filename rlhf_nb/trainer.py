@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 # %% ../nbs/07_trainer.ipynb #ee3f81f1
 def length_stats(rollout: Rollout) -> dict[str, float]:
     "Lengths of completions, in tokens, and how many were cut."
-    lengths, ended = rollout.tokens.response_mask.sum(1).float(), rollout.ended
+    lengths, ended = rollout.tokens.response_mask.sum(1).float().cpu(), rollout.ended.cpu()
     found = {}
     for name, some in (("", lengths), ("_terminated", lengths[ended] if ended.any() else lengths.new_zeros(1))):
         found |= {
@@ -71,15 +71,17 @@ def reward_stats(scores: Scores,
                  group: int,       # Neighbouring completions of one prompt
 ) -> dict[str, float]:
     "Mean and standard deviation of the reward and of each function; what does not apply is left out."
-    known = scores.total[~scores.total.isnan()]
-    spread = scores.total.view(-1, group).std(1, correction=0) if group > 1 else torch.zeros(len(scores.total))
+    total = scores.total.cpu()
+    known = total[~total.isnan()]
+    spread = total.view(-1, group).std(1, correction=0) if group > 1 else torch.zeros(len(total))
     found = {
         "reward": known.mean().item(),
         "reward_std": known.std().item() if len(known) > 1 else 0.0,
         "frac_reward_zero_std": (spread == 0).float().mean().item(),
     }
     for name, x in scores.by_name.items():
-        given = x[~x.isnan()]
+        given = x.cpu()
+        given = given[~given.isnan()]
         found |= {
             f"rewards/{name}/mean": given.mean().item(),
             f"rewards/{name}/std": given.std().item() if len(given) > 1 else 0.0,

@@ -118,7 +118,7 @@ def bench(tmp_path_factory):
     "data, steps, save",
     [
         ("finetune", 2, 1),
-        ("sharegpt", 2, 1),
+        pytest.param("sharegpt", 2, 1, marks=pytest.mark.slow),
         *(pytest.param(d, 100, 50, marks=pytest.mark.slow) for d in ("finetune", "sharegpt")),
     ],
 )

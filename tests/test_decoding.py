@@ -6,7 +6,7 @@ from test_architectures import SAMPLING, change, make
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from rlhf_nb import decoding
-from rlhf_nb.decoding import Batch, FixedLayer, generate_static
+from rlhf_nb.decoding import Batch, FixedLayer, NotFixed, generate_static
 from rlhf_nb.models import Sampling
 from rlhf_nb.rollout import Generation, generate, padded
 from rlhf_nb.testing import tiny_run
@@ -37,11 +37,11 @@ def test_the_same_tokens_as_the_plain_loop(name):
     query, uniforms = prompts(3, 9, 6, 12, 5, 7, 8, 3, 4)
     generation = Generation(SAMPLING, 24, 3)
     plain = generate(policy, *query, generation, uniforms)
-    found, problem = generate_static(policy, *query, generation, uniforms)
     if name in NOT_FIXED:
-        assert found is None and "does not compute with fixed shapes" in problem
+        with pytest.raises(NotFixed, match="does not compute with fixed shapes"):
+            generate_static(policy, *query, generation, uniforms)
         return
-    assert problem is None
+    found = generate_static(policy, *query, generation, uniforms)
     for x, y in zip(plain, found):
         if x.is_floating_point(): assert (x - y).abs().max() < 1e-4
         else: assert torch.equal(x, y)
@@ -69,7 +69,7 @@ def test_all_settings(name, more, greedy):
     change(policy)
     query, uniforms = prompts(3, 19, 6, 12, 5)
     given = policy, *query, settings(**more), None if greedy else uniforms
-    found, _ = generate_static(*given)
+    found = generate_static(*given)
     for x, y in zip(generate(*given), found): torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
 
 
@@ -82,7 +82,7 @@ def test_the_batch_shrinks_to_few_sizes(monkeypatch):
         whole(batch)
     monkeypatch.setattr(Batch, "step", step)
     query, uniforms = prompts(*[5] * 40)
-    made, _ = generate_static(policy, *query, settings(max_length=40), uniforms)
+    made = generate_static(policy, *query, settings(max_length=40), uniforms)
     assert len(made.ids) == 40 and made.ended.sum() > 36
     assert sizes[0] == 40 and sizes == sorted(sizes, reverse=True) and {*sizes} <= {40, 20, 10, 5}
     assert len(sizes) < 39 or not made.ended.all()
@@ -91,8 +91,8 @@ def test_the_batch_shrinks_to_few_sizes(monkeypatch):
 def test_all_rows_end_with_the_first_token():
     policy = make("llama", lora=True)
     query, uniforms = prompts(5, 6)
-    made, problem = generate_static(policy, *query, settings(sampling=Sampling(1., 0, tuple(range(VOCAB)))), uniforms)
-    assert made.ids.shape == (2, 1) and made.ended.all() and problem is None
+    made = generate_static(policy, *query, settings(sampling=Sampling(1., 0, tuple(range(VOCAB)))), uniforms)
+    assert made.ids.shape == (2, 1) and made.ended.all()
 
 
 def trainer(arch="llama", **settings):

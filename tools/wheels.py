@@ -1,4 +1,4 @@
-"""Wheels for a machine without network: what the package needs beyond an image with PyTorch and transformers.
+"""Wheels for a machine without network: what the package needs beyond a plain PyTorch image, as constraints.txt has it.
 
 wheels.py FOLDER [--python 3.12]
 
@@ -16,10 +16,11 @@ from packaging.utils import canonicalize_name
 
 MOST = 64 * 2**20 # Bytes, together
 THERE = set("""
-accelerate aiohttp filelock fsspec hf-xet httpx huggingface-hub hypothesis jinja2 matplotlib numpy packaging pandas peft
-psutil pyarrow pytest pyyaml regex requests rich safetensors tensorboard tokenizers torch tqdm transformers
-typing-extensions xxhash
+aiohttp anyio attrs build certifi click filelock fsspec h11 idna jinja2 matplotlib numpy packaging pandas psutil
+pygments pyarrow pytest pyyaml regex requests rich setuptools six tensorboard torch tqdm typer typing-extensions
+xxhash
 """.split()) # With all that they need themselves
+TESTS = "nbdev", "nbformat" # With which tests/gpu runs the chapters
 PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64"]
 
 
@@ -35,7 +36,7 @@ def missing(python: str) -> dict[str, str]: # Name and version
     "What the image lacks, in the versions of this environment, with all that it requires in turn."
     settings = ConfigParser(delimiters=["="])
     settings.read(Path(__file__).parents[1]/"settings.ini", encoding="utf-8")
-    wanted = [Requirement(word) for word in settings["DEFAULT"]["requirements"].split()]
+    wanted = [Requirement(word) for word in [*settings["DEFAULT"]["requirements"].split(), *TESTS]]
     found: dict[str, str] = {}
     while wanted:
         name = canonicalize_name(wanted.pop().name)

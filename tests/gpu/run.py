@@ -1,4 +1,7 @@
-"""Run the tests in this folder on this machine's GPU, or on a pretended one: run.py [PYTEST ARGUMENTS]"""
+"""Run the tests in this folder on this machine's GPU, or on a pretended one.
+
+run.py [PYTEST ARGUMENTS]: with files among them, only these are run.
+"""
 import os
 import subprocess
 import sys
@@ -20,7 +23,9 @@ def main(arguments: list[str]) -> int: # Of pytest; its exit status
             return 0
         library() # Once, before several workers want it
         env["PYTHONPATH"] = os.pathsep.join([str(PRETENDED), *filter(None, [env.get("PYTHONPATH")])])
-    return subprocess.run([sys.executable, "-m", "pytest", str(HERE), *arguments], env=env).returncode
+    named = any(Path(word.split("::")[0]).exists() for word in arguments)
+    where = [] if named else [str(HERE)]
+    return subprocess.run([sys.executable, "-m", "pytest", *where, *arguments], env=env).returncode
 
 
 if __name__ == "__main__": sys.exit(main(sys.argv[1:]))

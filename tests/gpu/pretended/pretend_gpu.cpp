@@ -81,6 +81,14 @@ void count(const std::string& what) {
   counts[what]++;
 }
 
+// The host waits for the device, which it must not do while a graph is captured
+std::atomic<bool> capturing{false};
+
+void wait(const std::string& what) {
+  TORCH_CHECK(!capturing, "operation not permitted when stream is capturing (pretended): ", what);
+  count("wait " + what);
+}
+
 std::string take_counts() {
   std::lock_guard<std::mutex> guard(lock);
   std::ostringstream out;
@@ -134,6 +142,7 @@ bool is_number(const Tensor& x) { return x.device().is_cpu() && x.dim() == 0; }
 // One call: its arguments moved to the CPU, and its results moved back
 struct Call {
   std::string name;
+  bool fills = false;                           // x[mask] = number, which becomes masked_fill: nothing is waited for
   std::vector<std::pair<Tensor, Tensor>> pairs; // A tensor of the GPU, and what stands for it on the CPU
 
   Tensor argument(const Tensor& x, bool index) {
@@ -146,11 +155,11 @@ struct Call {
     }
     bool written = INDEXING.count(name) && name != "aten::index";
     if (is_number(x)) {
-      if (!index && written) count("wait value from the host in " + name);
+      if (!index && written && !fills) wait("value from the host in " + name);
     } else
       TORCH_CHECK(index, "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and ",
                   x.device(), "! (pretended, in ", name, ")");
-    if (index) count("wait index from the host in " + name);
+    if (index) wait("index from the host in " + name);
     return x;
   }
 
@@ -158,7 +167,8 @@ struct Call {
     if (!x || !x->defined()) return x;
     bool indexing = INDEXING.count(name);
     bool mask = x->scalar_type() == kBool || x->scalar_type() == kByte;
-    if (indexing && x->is_cuda() && mask) count("wait mask as index in " + name); // CUDA's index calls nonzero
+    // CUDA calls nonzero; what reads by a mask does so here as well, and is counted there
+    if (indexing && x->is_cuda() && mask && name != "aten::index" && !fills) wait("mask as index in " + name);
     return argument(*x, indexing);
   }
 
@@ -206,6 +216,18 @@ struct Call {
   }
 };
 
+bool fills_by_mask(const IValue& indices, const IValue& value) {
+  const Tensor& number = value.toTensor();
+  if (number.numel() != 1 || !number.device().is_cpu()) return false;
+  int masks = 0;
+  for (MaybeTensor x : indices.toOptionalTensorList()) {
+    if (!x || !x->defined()) continue;
+    if ((x->scalar_type() != kBool && x->scalar_type() != kByte) || !x->is_cuda()) return false;
+    masks++;
+  }
+  return masks == 1;
+}
+
 void check_layer_norm(const Tensor& x, const IValue& weight) { // CUDA's takes one type, the CPU's does not
   if (!weight.isTensor() || !weight.toTensor().defined()) return;
   auto type = weight.toTensor().scalar_type();
@@ -215,9 +237,10 @@ void check_layer_norm(const Tensor& x, const IValue& weight) { // CUDA's takes o
 
 void with_cpu_kernel(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
-  Call call{schema.name(), {}};
+  Call call{schema.name()};
   const size_t n = schema.arguments().size();
   const size_t begin = stack->size() - n;
+  if (call.name == "aten::_index_put_impl_") call.fills = fills_by_mask((*stack)[begin + 1], (*stack)[begin + 2]);
   for (size_t i = 0; i < n; i++) {
     IValue& value = (*stack)[begin + i];
     value = call.moved(value);
@@ -225,7 +248,7 @@ void with_cpu_kernel(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::
   }
   if (call.name == "aten::native_layer_norm") check_layer_norm((*stack)[begin].toTensor(), (*stack)[begin + 2]);
   count("op " + call.name);
-  if (WAITS.count(call.name)) count("wait " + call.name);
+  if (WAITS.count(call.name)) wait(call.name);
   {
     at::AutoDispatchBelowADInplaceOrView below;
     op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
@@ -260,8 +283,9 @@ Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
   if (to.is_cuda() && from.is_cuda()) count("op aten::copy_");
   else {
     std::string way = to.is_cuda() ? "copy host to device" : "copy device to host";
+    TORCH_CHECK(!capturing, "operation not permitted when stream is capturing (pretended): ", way);
     count(way);
-    if (!non_blocking) count("wait " + way);
+    if (!non_blocking) wait(way);
   }
   at::AutoDispatchBelowADInplaceOrView below;
   Tensor target = to.is_cuda() ? on_cpu(to) : to;
@@ -304,6 +328,16 @@ Tensor addmm_dtype(const Tensor& self, const Tensor& a, const Tensor& b, ScalarT
   return on_gpu((on_cpu(self).to(kFloat) * beta + found * alpha).to(dtype));
 }
 
+Tensor& addmm_dtype_out(const Tensor& self, const Tensor& a, const Tensor& b, ScalarType dtype, const Scalar& beta,
+                        const Scalar& alpha, Tensor& out) {
+  TORCH_CHECK(out.is_cuda() && out.scalar_type() == dtype, "out must have out_dtype, and lie on the GPU (pretended)");
+  Tensor found = addmm_dtype(self, a, b, dtype, beta, alpha);
+  at::AutoDispatchBelowADInplaceOrView below;
+  at::native::resize_(out, found.sizes());
+  on_cpu(out).copy_(on_cpu(found));
+  return out;
+}
+
 // Softmax of 16-bit numbers as float32, in one kernel on a GPU
 Tensor gpu_softmax(const Tensor& x, int64_t dim, bool to_float) {
   count("op aten::_softmax");
@@ -329,7 +363,8 @@ Tensor gpu_log_softmax_backward(const Tensor& grad, const Tensor& out, int64_t d
   return on_gpu(at::_log_softmax_backward_data(on_cpu(grad), on_cpu(out), dim, out.scalar_type()).to(dtype));
 }
 
-Tensor gpu_histogram(const Tensor& x, int64_t bins, const Scalar& low, const Scalar& high) { // CUDA's counts integers, too
+// CUDA's counts integers, too
+Tensor gpu_histogram(const Tensor& x, int64_t bins, const Scalar& low, const Scalar& high) {
   count("op aten::histc");
   at::AutoDispatchBelowADInplaceOrView below;
   auto type = x.scalar_type();
@@ -341,7 +376,8 @@ Tensor gpu_histogram(const Tensor& x, int64_t bins, const Scalar& low, const Sca
 Tensor gpu_convolution(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, IntArrayRef stride,
                        IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
                        int64_t groups) {
-  TORCH_CHECK(x.is_cuda() && weight.is_cuda(), "Expected all tensors to be on the same device (pretended, convolution)");
+  bool here = x.is_cuda() && weight.is_cuda();
+  TORCH_CHECK(here, "Expected all tensors to be on the same device (pretended, in convolution)");
   TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "Input type and weight type should be the same (pretended)");
   count("op aten::convolution");
   at::AutoDispatchBelowADInplaceOrView below;
@@ -445,9 +481,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
   bool queryStream(const c10::Stream&) const override { return true; }
-  void synchronizeStream(const c10::Stream&) const override { count("wait synchronize"); }
+  void synchronizeStream(const c10::Stream&) const override { wait("synchronize"); }
   void synchronizeEvent(void*) const override {}
-  void synchronizeDevice(const DeviceIndex) const override { count("wait synchronize"); }
+  void synchronizeDevice(const DeviceIndex) const override { wait("synchronize"); }
   DeviceIndex deviceCount() const noexcept override { return 1; }
 };
 } // namespace
@@ -471,7 +507,7 @@ struct CUDAHooks : CUDAHooksInterface {
   Device getDeviceFromPtr(void*) const override { return GPU; }
   Allocator* getCUDADeviceAllocator() const override { return &memory; }
   Allocator* getPinnedMemoryAllocator() const override { return c10::GetAllocator(c10::DeviceType::CPU); }
-  void deviceSynchronize(DeviceIndex) const override { count("wait synchronize"); }
+  void deviceSynchronize(DeviceIndex) const override { wait("synchronize"); }
 };
 REGISTER_CUDA_HOOKS(CUDAHooks)
 namespace native { REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &chosen_attention) }
@@ -511,6 +547,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("bmm.dtype", &mm_dtype);
   m.impl("bmm.dtype_out", &mm_dtype_out);
   m.impl("addmm.dtype", &addmm_dtype);
+  m.impl("addmm.dtype_out", &addmm_dtype_out);
   m.impl("baddbmm.dtype", &addmm_dtype);
   m.impl("_scaled_dot_product_efficient_attention", &attend);
   m.impl("_scaled_dot_product_efficient_attention_backward", &attend_backward);
@@ -524,7 +561,8 @@ TORCH_LIBRARY(pretend, m) {
   m.def("reset_peak() -> ()", []() { peak = held.load(); });
   m.def("limit(int bytes) -> ()", [](int64_t bytes) { limit = bytes; });
   m.def("counts() -> str", &take_counts);
-  m.def("synchronize() -> ()", []() { count("wait synchronize"); });
+  m.def("capture(bool on) -> ()", [](bool on) { capturing = on; });
+  m.def("synchronize() -> ()", []() { wait("synchronize"); });
   m.def("random_state() -> Tensor", []() { return generator.get_state(); });
   m.def("set_random_state(Tensor x) -> ()", [](const Tensor& x) { generator.set_state(x); });
   m.def("seed(int n) -> ()", [](int64_t n) { generator.set_current_seed(n); });

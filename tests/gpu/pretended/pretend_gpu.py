@@ -1,10 +1,13 @@
 """A pretended GPU: `cuda:0` for a PyTorch without CUDA, with the CPU's arithmetic.
 
-Tensors on `cuda:0` are real ones: own storage, own dispatch key, CUDA's autocast lists, autograd's device thread, GradScaler.
-What a GPU refuses is refused: tensors of two devices in one operation, a CPU generator for a tensor on the GPU, `numpy()`.
-Operations, copies between devices, waits for the GPU, and bytes are counted. Graphs are in `pretend_graph`.
+Tensors on `cuda:0` are real ones: own storage, own dispatch key, CUDA's autocast lists, autograd's device thread,
+GradScaler. What a GPU refuses is refused: tensors of two devices in one operation, a CPU generator for a tensor on the
+GPU, `numpy()`. Operations, copies between devices, waits for the GPU, and bytes are counted. Graphs are in
+`pretend_graph`. It finds wrong devices, wrong types and waits; it proves nothing about time or rounding. There is no
+NCCL and no bitsandbytes.
 
-To use it, put this folder on PYTHONPATH, or call `pretend_library.load()` before torch is imported and `install()` after.
+To use it, put this folder on PYTHONPATH, or call `pretend_library.load()` before torch is imported, and `install()`
+after it.
 """
 from collections import Counter
 from types import SimpleNamespace

@@ -1,0 +1,1 @@
+"Tests for a GPU, real or pretended; see conftest.py."
