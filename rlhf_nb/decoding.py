@@ -2,28 +2,17 @@
 
 `rollout.generate` is the plain loop that gives the same tokens; `tests/test_decoding.py` compares them.
 """
-import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import (
-    Cache,
-    DynamicLayer,
-    StaticLayer,
-)
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .errors import first_line
 from .kernels import token_logprobs
 from .models import ActorCritic, unwrapped
-from .rollout import Generated, sample_tokens
-
-if TYPE_CHECKING:
-    from .rollout import Generation
-
-logger = logging.getLogger(__name__)
+from .rollout import Generated, Generation, sample_tokens
 
 LOOK = 8     # Steps between two looks at which rows have ended: each look waits for the GPU
 FEWEST = 4   # Rows that stay together: with fewer, a step takes as long, for it reads the same weights
@@ -79,7 +68,7 @@ class Batch:
                  policy: ActorCritic,
                  query_mask: Tensor,      # (B, P)
                  cache: Cache,            # After the prompts
-                 generation: "Generation",
+                 generation: Generation,
                  uniforms: Tensor | None): # (B, max_length); None: the most likely tokens
         self.policy, self.cache, self.generation, self.uniforms = policy, cache, generation, uniforms
         device = query_mask.device
@@ -179,7 +168,7 @@ def captured(function: Callable[[], None]) -> torch.cuda.CUDAGraph:
 def generate_static(policy: ActorCritic,
                     query_ids: Tensor,        # Prompts, padded on the left, (B, P)
                     query_mask: Tensor,       # 1 for real tokens, (B, P)
-                    generation: "Generation", # Without processors
+                    generation: Generation, # Without processors
                     uniforms: Tensor | None,  # As for `generate`
 ) -> Generated:
     "As `generate`, in steps of fixed shapes, on a GPU from a graph that lives as long as its rows; else `NotFixed`."

@@ -8,12 +8,13 @@ from collections.abc import Callable
 import torch
 
 OURS = "/rlhf_nb/"
+INSTALLED = Path(torch.__file__).parents[1]
 LIBRARIES = "/transformers/", "/accelerate/", "/peft/", "/trl/", "/torch/optim/", "/torch/amp/", "/torch/nn/utils/"
 
 
 def place(file: str, line: int) -> str:
     "A line as a reader would look it up."
-    short = file.split("site-packages/")[-1]
+    short = file.removeprefix(f"{INSTALLED}/")
     if OURS in short: short = short[short.rindex(OURS) + 1:]
     return f"{short}:{line} {linecache.getline(file, line).strip()[:90]}"
 
