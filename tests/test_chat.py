@@ -96,6 +96,7 @@ def test_two_columns_grow_on_a_wide_terminal(tuned):
     assert "prompt_template 'alpaca', temperature 0.9, seed 0" in screen
 
 
+@pytest.mark.slow
 def test_one_below_the_other_on_a_narrow_terminal(tuned):
     screen, status = at_terminal(60, [b"Why?\r", b"exit\r"], "chat", tuned)
     assert status == 0 and "base  " not in screen
@@ -113,6 +114,7 @@ def test_ctrl_c_at_the_prompt_ends_with_130(tuned):
     assert status == 130 and "Traceback" not in screen
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_plain_text(tuned, tiny):
     out, err = piped("Why?\n\n发烧怎么办？\n", "chat", tuned, "--do_sample", "False")
     assert (

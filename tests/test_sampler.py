@@ -109,6 +109,7 @@ def test_every_setting_does_what_it_does_in_transformers(name):
     assert off.abs().max() > .01 and off.isfinite().all()
 
 
+@pytest.mark.slow
 def test_frequencies_are_those_of_the_truncated_distribution():
     policy, tok = policy_for("llama")
     n, settings = 4000, dict(top_k=6, top_p=.9, repetition_penalty=1.5)

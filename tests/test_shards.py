@@ -19,7 +19,9 @@ LAYERWISE = """--critic adapter --ent_coef .01 --gradient_checkpointing --gather
 FULL = "--use_peft False --ptx_coef .1"
 
 
-@pytest.mark.parametrize("more", ["", LAYERWISE, FULL], ids=["plain", "layer-by-layer", "full"])
+@pytest.mark.parametrize("more", [
+    "", pytest.param(LAYERWISE, marks=pytest.mark.slow), pytest.param(FULL, marks=pytest.mark.slow)
+], ids=["plain", "layer-by-layer", "full"])
 def test_shards_train_like_one(tiny, together, tmp_path, more):
     together(*flags(tiny, tmp_path/"two", 4, *more.split()), env=FSDP)
     run(*flags(tiny, tmp_path/"one", 8, *more.split()))

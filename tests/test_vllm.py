@@ -331,7 +331,7 @@ PartialState().destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("env", [{}, FSDP], ids=["whole", "shards"])
+@pytest.mark.parametrize("env", [{}, pytest.param(FSDP, marks=pytest.mark.slow)], ids=["whole", "shards"])
 def test_two_processes_ask_like_one(together, tmp_path, env):
     tables = []
     for world, rows in ((2, 2), (1, 4)):
