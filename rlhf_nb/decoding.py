@@ -14,7 +14,7 @@ from .kernels import token_logprobs
 from .models import ActorCritic, unwrapped
 from .rollout import Generated, Generation, sample_tokens
 
-LOOK = 8     # Steps between two looks at which rows have ended: each look waits for the GPU
+CHECK_EVERY = 8     # Steps between two checks of which rows have ended; each waits for the GPU
 FEWEST = 4   # Rows that stay together: with fewer, a step takes as long, for it reads the same weights
 FIXABLE = "DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer" # Layers of a cache
 WARM_UP = 2  # Steps before one is captured, in which libraries allocate what they need
@@ -61,7 +61,7 @@ def fits(policy: ActorCritic, cache: Cache | None) -> bool:
     return bool(kinds) and known and unwrapped(policy.lm)._can_compile_fullgraph
 
 
-class Batch:
+class FixedBatch:
     "Rows that are sampled a token at a time, with all state on the device: a step neither waits nor changes a shape."
 
     def __init__(self,
@@ -117,7 +117,7 @@ class Batch:
         self.take(self.policy.run_with_cache(inputs, self.cache).logits)
         self.at.add_(1)
 
-    def look(self, start: int, end: int) -> list[int]: # Tokens since the last look
+    def running(self, start: int, end: int) -> list[int]: # Tokens since the last check
         "End rows at their stop strings; places of those that have not ended among `rows`."
         for t in range(start, end) if self.generation.stop else ():
             hit = self.generation.stop(self.completions[:, :t + 1]) & (self.sampled[:, t] > 0)
@@ -126,7 +126,7 @@ class Batch:
                 x[:, t + 1:].masked_fill_(hit[:, None], rest)
         return (~self.ended[self.rows]).nonzero()[:, 0].tolist()
 
-    def shrink(self, running: list[int]): # From `look`
+    def shrink(self, running: list[int]): # From `running`
         "Go on with half of the rows, a quarter, ..., as few as hold those that have not ended."
         n = len(self.rows)
         while n // 2 >= max(len(running), FEWEST): n //= 2
@@ -148,13 +148,13 @@ class Repeated:
         self.calls, self.graph = 0, None
 
     def __call__(self):
-        if self.capture and self.calls == WARM_UP: self.graph = captured(self.function)
+        if self.capture and self.calls == WARM_UP: self.graph = capture(self.function)
         self.calls += 1
         if self.graph: self.graph.replay()
         else: self.function()
 
 
-def captured(function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def capture(function: Callable[[], None]) -> torch.cuda.CUDAGraph:
     "What it computes, as a graph; `NotFixed` if it waits for the GPU."
     graph = torch.cuda.CUDAGraph()
     try:
@@ -174,16 +174,16 @@ def generate_static(policy: ActorCritic,
     "As `generate`, in steps of fixed shapes, on a GPU from a graph that lives as long as its rows; else `NotFixed`."
     logits, cache = policy.next_logits(query_ids, query_mask.long(), None)
     if not fits(policy, cache): raise NotFixed(f"a {policy.lm.config.model_type} does not compute with fixed shapes")
-    batch = Batch(policy, query_mask, cache, generation, uniforms)
+    batch = FixedBatch(policy, query_mask, cache, generation, uniforms)
     batch.take(logits)
     step, seen, done = None, 0, 1
-    while running := batch.look(seen, done):
+    while running := batch.running(seen, done):
         if done == generation.max_length: break
         if step is None or len(batch.rows) // 2 >= max(len(running), FEWEST):
             batch.shrink(running)
             step = Repeated(batch.step, capture=query_ids.is_cuda)
         seen = done
-        done = min(done + LOOK, generation.max_length)
+        done = min(done + CHECK_EVERY, generation.max_length)
         for _ in range(seen, done): step()
     longest = batch.sampled.sum(1).max().item()
     found = (x[:, :longest] for x in (batch.completions, batch.sampled, batch.logprobs))

@@ -46,7 +46,7 @@ from .models import (
     unwrapped,
 )
 from .report import TEMPLATES
-from .rollout import sample_tokens
+from .rollout import PROCESSORS, generation_settings, sample_tokens
 from .tables import table
 
 TABLES = table("memory")
@@ -344,8 +344,11 @@ class Rehearsal:
 
     def least(self) -> dict[str, float]:
         "Seconds of an update that bytes and operations alone take; nothing where a rate is not known."
-        speed = self.device.single if self.dtype == torch.float32 else self.device.half
-        if not (speed and self.device.read): return {}
+        def rate(dtype: torch.dtype) -> float | None:
+            return self.device.single if dtype == torch.float32 else self.device.half
+
+        speed, reward_speed = rate(self.dtype), rate(self.reward.dtype)
+        if not (speed and reward_speed and self.device.read): return {}
         output, body = self.lm.get_output_embeddings().weight, self.lm.num_parameters(exclude_embeddings=True)
         head = output.numel()
         if output is not self.lm.get_input_embeddings().weight: body -= head
@@ -357,7 +360,7 @@ class Rehearsal:
         return dict(
             generate=self.completion * token + work * body * self.prompt,
             logprobs=2 * once,
-            score=work * self.judged * self.reward.num_parameters(exclude_embeddings=True),
+            score=2 * self.batch / reward_speed * self.judged * self.reward.num_parameters(exclude_embeddings=True),
             update=self.args.num_iterations * passes * once,
         )
 
@@ -366,21 +369,23 @@ class Rehearsal:
         if not floor: return {}
         args, n = self.args, self.launches
         rounds = -(-self.batch // self.rows)
-        passes = dict(generate=rounds, logprobs=rounds, score=-(-self.batch // args.reward_batch_size),
+        times_run = dict(generate=rounds, logprobs=rounds, score=-(-self.batch // args.reward_batch_size),
                       update=args.num_iterations * -(-self.batch // args.per_device_train_batch_size))
         each = dict(n, generate=n["prompt"], update=n["micro-batch"])
-        kernels = {phase: passes[phase] * each[phase] for phase in floor}
-        launched = dict(kernels)
+        run = {phase: times_run[phase] * each[phase] for phase in floor}
+        launched = dict(run)
         later = rounds * (self.completion - 1) * n["token"]
-        kernels["generate"] += later
-        if not captured(self.lm, args): launched["generate"] += later
-        return {phase: max(s + TABLES["kernel"] * kernels[phase], TABLES["launch"] * launched[phase])
+        run["generate"] += later
+        if not uses_graph(self.lm, args): launched["generate"] += later
+        return {phase: max(s + TABLES["kernel"] * run[phase], TABLES["launch"] * launched[phase])
                 for phase, s in floor.items()}
 
 
-def captured(lm: PreTrainedModel, args: PPOConfig) -> bool:
+def uses_graph(lm: PreTrainedModel, args: PPOConfig) -> bool:
     "Are tokens sampled from a CUDA graph, on a GPU?"
-    return args.cache_implementation != "dynamic" and lm._can_compile_fullgraph
+    reads_tokens = {*generation_settings(args)} & {*PROCESSORS}
+    chosen = args.cache_implementation != "dynamic" and not args.use_vllm
+    return chosen and lm._can_compile_fullgraph and not reads_tokens
 
 
 # The plan
@@ -395,7 +400,7 @@ class Plan(NamedTuple):
     floor: dict[str, float]  # Seconds of an update by phase, at the device's limits; empty where rates are not known
     times: dict[str, float]  # What they may be: measured over floor on a CPU, with launches on a GPU
     launches: dict[str, int] # Of kernels, in a pass of each phase; `token`: in a step of sampling
-    captured: bool           # Is that step a CUDA graph?
+    graph: bool              # Is that step a CUDA graph?
 
     @property
     def phase(self) -> str:
@@ -455,7 +460,7 @@ def plan(model_args: ModelArguments, args: PPOConfig, device: Device) -> Plan:
     floor = rehearsal.least()
     times = {phase: s * OVER[phase] for phase, s in floor.items()}
     if device.kind == "cuda": times = rehearsal.estimate(floor)
-    graph = device.kind == "cuda" and captured(rehearsal.lm, args)
+    graph = device.kind == "cuda" and uses_graph(rehearsal.lm, args)
     return Plan(device, dtype, parameters, phases, floor, times, rehearsal.launches, graph)
 
 

@@ -413,7 +413,7 @@ class Sampler:
         generation = self.generation
         anyone = strategy.any if strategy.in_step and not args.ds3_gather_for_generation else None
         fixed = self.static and not (strategy.in_step or generation.processors)
-        method = self.decode_static if fixed else partial(generate, anyone=anyone)
+        method = self.sample_static if fixed else partial(generate, anyone=anyone)
         with strategy.autocast():
             with strategy.gathered():
                 if self.client: batches = self.client(self.policy.lm, queries, generation, uniforms, size)
@@ -428,7 +428,7 @@ class Sampler:
                  for ids, n in zip(tokens.response_ids.cpu(), tokens.response_mask.sum(1).tolist())]
         return Rollout(rows, [row["prompt"] for row in rows], texts, tokens, **columns)
 
-    def decode_static(self, policy: ActorCritic, query_ids: Tensor, query_mask: Tensor, generation: Generation,
+    def sample_static(self, policy: ActorCritic, query_ids: Tensor, query_mask: Tensor, generation: Generation,
                       uniforms: Tensor | None) -> Generated:
         "`generate_static` as long as it works, else `generate`; the reason is logged once."
         from .decoding import NotFixed, generate_static  # Imports this module

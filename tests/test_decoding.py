@@ -6,7 +6,7 @@ from test_architectures import SAMPLING, change, make
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from rlhf_nb import decoding
-from rlhf_nb.decoding import Batch, FixedLayer, NotFixed, generate_static
+from rlhf_nb.decoding import FixedBatch, FixedLayer, NotFixed, generate_static
 from rlhf_nb.models import Sampling
 from rlhf_nb.rollout import Generation, generate, padded
 from rlhf_nb.testing import tiny_run
@@ -76,11 +76,11 @@ def test_all_settings(name, more, greedy):
 def test_the_batch_shrinks_to_few_sizes(monkeypatch):
     policy = make("llama", lora=True)
     sizes = []
-    whole = Batch.step
+    whole = FixedBatch.step
     def step(batch):
         sizes.append(len(batch.token))
         whole(batch)
-    monkeypatch.setattr(Batch, "step", step)
+    monkeypatch.setattr(FixedBatch, "step", step)
     query, uniforms = prompts(*[5] * 40)
     made = generate_static(policy, *query, settings(max_length=40), uniforms)
     assert len(made.ids) == 40 and made.ended.sum() > 36

@@ -298,7 +298,8 @@ def test_the_floor_is_the_benchmarks(original):
 
 def test_the_time_on_a_gpu_counts_kernels(original, monkeypatch):
     graph, loop = (plan(original, its_settings(cache_implementation=kind), GPUS["T4"]) for kind in (None, "dynamic"))
-    assert graph.captured and not loop.captured and graph.launches == loop.launches
+    assert graph.graph and not loop.graph and graph.launches == loop.launches
+    assert not plan(original, its_settings(repetition_penalty=1.2), GPUS["T4"]).graph
     assert all(graph.times[phase] >= seconds for phase, seconds in graph.floor.items())
     args = its_settings()
     later = (args.max_completion_length - 1) * graph.launches["token"]

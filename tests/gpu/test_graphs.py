@@ -41,12 +41,12 @@ def policy_of(name: str, dtype: torch.dtype):
 def graphs(monkeypatch) -> list:
     "Every graph that was captured."
     seen = []
-    capture = decoding.captured
+    attempt = decoding.capture
 
     def noted(function):
-        seen.append(capture(function))
+        seen.append(attempt(function))
         return seen[-1]
-    monkeypatch.setattr(decoding, "captured", noted)
+    monkeypatch.setattr(decoding, "capture", noted)
     return seen
 
 
