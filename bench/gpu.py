@@ -200,9 +200,7 @@ def main(argv: list[str] | None = None) -> int: # Exit status
     asked = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     if asked.returncode: sys.exit(asked.stderr[-2000:])
     facts = json.loads(asked.stdout.splitlines()[-1])
-    if not facts["cuda"]:
-        print("No CUDA device: nothing is measured.")
-        return 0
+    if not facts["cuda"]: sys.exit("No CUDA device: nothing is measured.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)) # So that `run` ends the step at hand
     args.out.mkdir(parents=True, exist_ok=True)
     steps = [step for step in STEPS if not args.only or step.name in args.only]

@@ -186,7 +186,8 @@ class PPOConfig(TrainingArguments):
         None, "Further settings of transformers' GenerationConfig, or of vLLM's SamplingParams"
     )
     cache_implementation: Literal["dynamic", "static"] | None = setting(
-        None, "static: sample in steps of fixed shapes, on a GPU from a CUDA graph; default: on a GPU"
+        None, "static: sample in steps of fixed shapes, from a CUDA graph on a GPU; dynamic: token by token; "
+        "default: static on a GPU"
     )
     ds3_gather_for_generation: bool = setting(
         True, "FSDP2 and ZeRO-3: gather all weights once per rollout; False: layer by layer for every token"
@@ -220,7 +221,7 @@ class PPOConfig(TrainingArguments):
     reward_label: str | None = setting(None, "Label of a reward model that has several: its index or its name")
     reward_batch_size: Count = setting(16, "Pairs that a reward model reads at once")
     reward_dtype: Literal["float32", "float16", "bfloat16"] | None = setting(
-        None, "Type of a reward model's weights; default: that of the policy's products for one that is named"
+        None, "Type of a reward model's weights; default: that of training for a model that is named, else its own"
     )
     reward_timeout: Positive | None = setting(
         None, "Seconds that a reward function may take for a batch; default: no limit"
@@ -331,7 +332,7 @@ class PPOConfig(TrainingArguments):
 
     @property
     def recomputes(self) -> bool:
-        "Are activations computed again in the backward pass? Older versions of transformers have only the old name."
+        "Whether activations are computed again in the backward pass." # Older versions of transformers have one name
         return any(getattr(self, f"{kind}_checkpointing", None) for kind in ("activation", "gradient"))
 
     @property
@@ -431,6 +432,10 @@ def check_together(args: PPOConfig):
         (
             args.vf_coef == 0 and (args.critic == "adapter" or args.critic_warmup_steps > 0),
             "vf_coef=0: the critic would never learn",
+        ),
+        (
+            args.use_vllm and args.cache_implementation,
+            f"cache_implementation={args.cache_implementation} does not go with use_vllm: the server has its own cache",
         ),
         (args.adam_beta1 == 1 or args.adam_beta2 == 1, "adam_beta1 and adam_beta2 must be below 1"),
         (

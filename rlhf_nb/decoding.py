@@ -1,7 +1,12 @@
-"""Sampling in steps of fixed shapes, which a GPU repeats from a CUDA graph: kernels take less time than their launch.
+"""Sampling in steps of fixed shapes, replayed from a CUDA graph: launching kernels takes longer than running them.
 
-`rollout.generate` is the plain loop that gives the same tokens; `tests/test_decoding.py` compares them.
+Keys and values have their final size, and the position is a number on the device, so a step never waits for the host.
+Every 8 tokens we check which rows have ended, and halve the batch when half of them have. `rollout.generate`, the plain
+loop, gives the same tokens up to rounding; `tests/test_decoding.py` compares them. It takes over where transformers
+does not say that a model computes with fixed shapes, where its step cannot be captured, for logits processors (they
+read the tokens so far) and for sharded weights. What was sampled is scored anyway, and must have the same log-probs.
 """
+import logging
 from collections.abc import Callable
 
 import torch
@@ -12,16 +17,20 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from .errors import first_line
 from .kernels import token_logprobs
 from .models import ActorCritic, unwrapped
-from .rollout import Generated, Generation, sample_tokens
+from .ppo import masked_mean
+from .rollout import Generated, Generation, generate, sample_tokens
 
-CHECK_EVERY = 8     # Steps between two checks of which rows have ended; each waits for the GPU
-FEWEST = 4   # Rows that stay together: with fewer, a step takes as long, for it reads the same weights
+logger = logging.getLogger(__name__)
+
+CHECK_EVERY = 8 # Steps between two checks of which rows have ended; each waits for the GPU
+MIN_ROWS = 4 # Rows that stay together: with fewer, a step takes as long, for it reads the same weights
 FIXABLE = "DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer" # Layers of a cache
+MAX_DIFFERENCE = .5 # Nats per token, a mean: far more than rounding, less than a mistake
 WARM_UP = 2  # Steps before one is captured, in which libraries allocate what they need
 
 
 class FixedLayer(StaticLayer):
-    "Keys and values of all positions that a batch can have; `at`, on the device, says which is next."
+    "A cache layer with space for all positions; `at`, on the device, is the next one."
 
     def __init__(self,
                  layer: DynamicLayer, # After the prompts
@@ -118,7 +127,7 @@ class FixedBatch:
         self.at.add_(1)
 
     def running(self, start: int, end: int) -> list[int]: # Tokens since the last check
-        "End rows at their stop strings; places of those that have not ended among `rows`."
+        "Apply stop strings; return the indices of rows that have not ended."
         for t in range(start, end) if self.generation.stop else ():
             hit = self.generation.stop(self.completions[:, :t + 1]) & (self.sampled[:, t] > 0)
             self.ended |= hit
@@ -127,9 +136,9 @@ class FixedBatch:
         return (~self.ended[self.rows]).nonzero()[:, 0].tolist()
 
     def shrink(self, running: list[int]): # From `running`
-        "Go on with half of the rows, a quarter, ..., as few as hold those that have not ended."
+        "Halve the batch while it still holds all rows that have not ended."
         n = len(self.rows)
-        while n // 2 >= max(len(running), FEWEST): n //= 2
+        while n // 2 >= max(len(running), MIN_ROWS): n //= 2
         others = [i for i in range(len(self.rows)) if i not in {*running}]
         kept = torch.tensor([*running, *others][:n], device=self.rows.device)
         self.rows, self.mask, self.token = self.rows[kept], self.mask[kept], self.token[kept]
@@ -155,7 +164,7 @@ class Repeated:
 
 
 def capture(function: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    "What it computes, as a graph; `NotFixed` if it waits for the GPU."
+    "Capture a function as a CUDA graph; raise `NotFixed` if it waits for the GPU."
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"): function()
@@ -171,7 +180,7 @@ def generate_static(policy: ActorCritic,
                     generation: Generation, # Without processors
                     uniforms: Tensor | None,  # As for `generate`
 ) -> Generated:
-    "As `generate`, in steps of fixed shapes, on a GPU from a graph that lives as long as its rows; else `NotFixed`."
+    "Complete prompts in steps of fixed shapes, on a GPU from a CUDA graph; raise `NotFixed` where the model cannot."
     logits, cache = policy.next_logits(query_ids, query_mask.long(), None)
     if not fits(policy, cache): raise NotFixed(f"a {policy.lm.config.model_type} does not compute with fixed shapes")
     batch = FixedBatch(policy, query_mask, cache, generation, uniforms)
@@ -179,7 +188,7 @@ def generate_static(policy: ActorCritic,
     step, seen, done = None, 0, 1
     while running := batch.running(seen, done):
         if done == generation.max_length: break
-        if step is None or len(batch.rows) // 2 >= max(len(running), FEWEST):
+        if step is None or len(batch.rows) // 2 >= max(len(running), MIN_ROWS):
             batch.shrink(running)
             step = Repeated(batch.step, capture=query_ids.is_cuda)
         seen = done
@@ -188,3 +197,35 @@ def generate_static(policy: ActorCritic,
     longest = batch.sampled.sum(1).max().item()
     found = (x[:, :longest] for x in (batch.completions, batch.sampled, batch.logprobs))
     return Generated(*found, batch.ended)
+
+
+class FixedSteps:
+    "Generates in steps of fixed shapes as long as that works; logs once why it no longer does."
+
+    def __init__(self, usable: bool): self.usable = usable
+
+    def generate(self,
+                 policy: ActorCritic,
+                 query_ids: Tensor,       # (B, P)
+                 query_mask: Tensor,      # (B, P)
+                 generation: Generation,
+                 uniforms: Tensor | None, # (B, max_length)
+    ) -> Generated:
+        "Complete prompts, by `generate` where `generate_static` cannot."
+        given = policy, query_ids, query_mask, generation, uniforms
+        if self.usable:
+            try: return generate_static(*given)
+            except NotFixed as e: logger.warning("From now on the plain loop samples, without a CUDA graph: %s", e)
+            self.usable = False
+        return generate(*given)
+
+    def agree(self, scored: list[dict[str, Tensor]]) -> bool: # From `score_batch`
+        "Whether the steps computed the policy's log-probs; if not, they are not used again."
+        if not self.usable: return True
+        found = (masked_mean((x["logprobs"] - x["sampling_logprobs"]).abs(), x["response_mask"]) for x in scored)
+        difference = max(x.item() for x in found)
+        if not difference >= MAX_DIFFERENCE: return True # NaN has another cause
+        logger.warning("Log-probs of steps of fixed shapes differ from the policy's by %.2g nats per token: the plain "
+                       "loop samples these completions again, and all from now on", difference)
+        self.usable = False
+        return False

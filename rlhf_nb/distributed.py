@@ -40,7 +40,7 @@ from .errors import first_line
 logger = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq") # Of Adam
-SCALE_GROWTH = 200 # Steps after which fp16's loss scale doubles; torch's 2,000 are more than a run may have
+SCALE_GROWTH = 200 # Steps after which fp16's loss scale doubles; torch's 2,000 are longer than many runs
 State = dict[str, Any]              # Of an optimizer, as one process would have it
 
 # Sharded weights
@@ -130,7 +130,7 @@ class Strategy:
         finite = math.isfinite(norm)
         scaler = self.accelerator.scaler
         if finite: self.optimizer.step()
-        elif scaler: # Finite gradients may have an infinite norm: that is no matter of the scale
+        elif scaler: # If the scale does not fall, finite gradients have an infinite norm
             before = scaler.get_scale()
             scaler.update()
             self.scale_fell = scaler.get_scale() < before

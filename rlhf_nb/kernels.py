@@ -68,7 +68,7 @@ def attention_bias(alibi: Tensor,       # Slopes times positions, float32, (B * 
                    qkv: Tensor,         # (B, Q, ...)
                    heads: int,
 ) -> Tensor:                            # In the type of `qkv`, (B, heads, Q, N)
-    "ALiBi and mask. Counted from the query, small numbers lie where attention is, and 16 bits suffice for them."
+    "ALiBi plus mask, relative to the query: values near it are small, so 16 bits suffice."
     if "bias" not in vars(alibi):
         n, queries = qkv.shape[:2]
         bias = alibi.view(n, heads, 1, -1).float()
@@ -500,10 +500,14 @@ def float32_norm(layer: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-MERGED = .1 # Share of a GPU's memory that merged weights may take
+MERGED_SHARE = .1 # Share of a GPU's memory that merged weights may take
 
 
-def is_cpu(device: torch.device) -> bool: return device.type == "cpu"
+# The next two are replaced where a GPU is planned for
+
+def is_cpu(device: torch.device) -> bool:
+    "Do products run on a CPU?"
+    return device.type == "cpu"
 
 
 def memory_of(device: torch.device) -> int: # Bytes
@@ -520,7 +524,7 @@ def packed_for_generation(lm: PreTrainedModel, # Without peft's wrapper
     modules = [*lm.modules()] if is_gathered(lm) else []
     on_cpu = is_cpu(lm.device)
     lora = [m for m in modules if mergeable(m)]
-    if not on_cpu and sum(m.weight.nbytes for m in lora) > MERGED * memory_of(lm.device): lora = []
+    if not on_cpu and sum(m.weight.nbytes for m in lora) > MERGED_SHARE * memory_of(lm.device): lora = []
     inside_lora = {part for m in lora for part in m.modules()}
     linear = [m for m in modules if type(m) is nn.Linear and m not in inside_lora]
     packed = [m for m in linear if on_cpu and (int8 or m.weight.dtype == torch.bfloat16)]

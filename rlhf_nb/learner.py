@@ -315,7 +315,7 @@ class Learner:
         return self.strategy.gather(pad_rows(ids, "right")), self.strategy.gather(pad_rows(masks, "right"))
 
     def problem(self) -> str | None: # After a step that was not made
-        "What was not finite, where a smaller loss scale does not help."
+        "What was not finite, unless a smaller loss scale may help."
         if self.strategy.scale_fell:
             scale = self.strategy.accelerator.scaler.get_scale()
             return None if scale >= 1 else "at any loss scale the gradients are"

@@ -30,6 +30,7 @@ from trl import get_peft_config
 
 from . import kernels
 from .config import ModelArguments, PPOConfig, has_bf16
+from .decoding import fits
 from .kernels import CHUNK, fuse_layers, packed_for_generation, preallocate, replaced_head
 from .learner import recomputed
 from .models import (
@@ -122,7 +123,7 @@ class Memory(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = known_result(func.overloadpacket.__name__, *args[:3])
         if found is None: found = func(*args, **(kwargs or {}))
-        self.launched += launches(func)
+        self.launched += runs_kernel(func)
         for x in tree_leaves(found):
             if isinstance(x, Tensor): self.note(x)
         return found
@@ -141,7 +142,7 @@ class Memory(TorchDispatchMode):
         if self.held.total() > self.peaks.get(self.phase, Counter()).total(): self.peaks[self.phase] = self.held.copy()
 
 
-def launches(func: Any) -> bool: # An operation of torch
+def runs_kernel(func: Any) -> bool: # An operation of torch
     "Does it run a kernel? Views and allocations do not."
     if func.overloadpacket.__name__ in TABLES["no_kernel"]: return False
     aliases = (result.alias_info for result in func._schema.returns)
@@ -300,6 +301,7 @@ class Rehearsal:
         n = self.length - 1
         with self.cast, patch.multiple(self.memory, part="cache", phase="filling"):
             full = self.next_token(None, n, n)
+            self.fits = fits(self.policy, full)
             preallocate(full, self.length)
         with self.cast, ExitStack() as packed:
             with patch.object(self.memory, "part", "packed weights"):
@@ -364,6 +366,14 @@ class Rehearsal:
             update=self.args.num_iterations * passes * once,
         )
 
+    @property
+    def graph(self) -> bool:
+        "Are tokens sampled from a CUDA graph, as far as the configuration can tell?"
+        args = self.args
+        reads_tokens = not args.use_vllm and {*generation_settings(args)} & {*PROCESSORS}
+        chosen = args.cache_implementation != "dynamic" and not args.use_vllm
+        return self.device.kind == "cuda" and chosen and self.fits and not reads_tokens
+
     def estimate(self, floor: dict[str, float]) -> dict[str, float]: # What `least` gives
         "Seconds of an update on a GPU: kernels take a time of their own, and may wait for Python to launch them."
         if not floor: return {}
@@ -376,16 +386,9 @@ class Rehearsal:
         launched = dict(run)
         later = rounds * (self.completion - 1) * n["token"]
         run["generate"] += later
-        if not uses_graph(self.lm, args): launched["generate"] += later
+        if not self.graph: launched["generate"] += later
         return {phase: max(s + TABLES["kernel"] * run[phase], TABLES["launch"] * launched[phase])
                 for phase, s in floor.items()}
-
-
-def uses_graph(lm: PreTrainedModel, args: PPOConfig) -> bool:
-    "Are tokens sampled from a CUDA graph, on a GPU?"
-    reads_tokens = {*generation_settings(args)} & {*PROCESSORS}
-    chosen = args.cache_implementation != "dynamic" and not args.use_vllm
-    return chosen and lm._can_compile_fullgraph and not reads_tokens
 
 
 # The plan
@@ -399,7 +402,7 @@ class Plan(NamedTuple):
     phases: dict[str, Counter]  # Bytes by part, at the most of each phase
     floor: dict[str, float]  # Seconds of an update by phase, at the device's limits; empty where rates are not known
     times: dict[str, float]  # What they may be: measured over floor on a CPU, with launches on a GPU
-    launches: dict[str, int] # Of kernels, in a pass of each phase; `token`: in a step of sampling
+    launches: dict[str, int] # Of kernels, in a pass over a `prompt`, `token` or `micro-batch`, and by phase
     graph: bool              # Is that step a CUDA graph?
 
     @property
@@ -460,8 +463,7 @@ def plan(model_args: ModelArguments, args: PPOConfig, device: Device) -> Plan:
     floor = rehearsal.least()
     times = {phase: s * OVER[phase] for phase, s in floor.items()}
     if device.kind == "cuda": times = rehearsal.estimate(floor)
-    graph = device.kind == "cuda" and uses_graph(rehearsal.lm, args)
-    return Plan(device, dtype, parameters, phases, floor, times, rehearsal.launches, graph)
+    return Plan(device, dtype, parameters, phases, floor, times, rehearsal.launches, rehearsal.graph)
 
 
 # What to change

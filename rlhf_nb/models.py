@@ -235,9 +235,9 @@ def copy_adapter(lm: PeftModel,
         lm.set_adapter(active)
 
 def match_types(lm: PeftModel,
-                name: str,   # Adapter whose weights are changed
+                name: str,    # Adapter whose weights are changed
                 active: str): # Adapter with the same weights
-    "Give an adapter's weights the types that another's have: in float32, modules round other things than in 16 bits."
+    "Cast an adapter's weights to another adapter's types, so that both round alike."
     weights = dict(lm.named_parameters())
     for key, p in weights.items():
         parts = key.split(".")
@@ -271,7 +271,7 @@ def train_in_float32(lm: Decoder):
     logger.info("Trained weights are kept in float32; they were loaded as %s", str(half.pop()).removeprefix("torch."))
     for p in trained if isinstance(lm, PeftModel) else lm.parameters(): p.data = p.data.float()
     if not any(p.requires_grad for p in lm.get_input_embeddings().parameters()): return
-    for m in lm.modules(): # They get float32 from the embeddings, and on a CPU they want one type
+    for m in lm.modules(): # They get float32 from the embeddings; on a CPU layer norm needs one type
         if isinstance(m, nn.LayerNorm): m.float()
 
 # %% ../nbs/02_policy.ipynb #42fe148f
@@ -339,7 +339,7 @@ class ActorCritic(nn.Module):
                  keep: Tensor | int,       # As for `inputs`
                  aux_loss: bool = False,   # Likewise
     ) -> dict[str, Any]:
-        "Those of the arguments that the decoder takes."
+        "Arguments for the decoder, without those that it does not accept."
         optional = dict(position_ids=position_ids, logits_to_keep=keep)
         given = {name: x for name, x in optional.items() if name in self.arguments}
         if has_router(self.lm): given["output_router_logits"] = aux_loss
@@ -380,9 +380,9 @@ class ActorCritic(nn.Module):
         return out.logits[:, -1:], getattr(out, self.cache_name, None) if self.cache_name else None
 
     def run_with_cache(self, inputs: dict[str, Any], cache: Cache | None) -> Any: # What `accepted` gives
-        "The decoder's output."
+        "Run the decoder with a key-value cache."
         name = self.cache_name
-        if name: inputs |= {name: cache, "use_cache": True}
+        if name: inputs = inputs | {name: cache, "use_cache": True}
         if name == "cache_params" and cache is not None: inputs["attention_mask"] = None # As `generate` does
         with float32_logits(self.lm): return unwrapped(self.lm)(**inputs)
 
@@ -627,9 +627,9 @@ def check_rows(policy: ActorCritic):
     both, short = logits(ids, mask), lm(input_ids=ids[:1, 3:], use_cache=False).logits[0].float()
     begun = logits(ids[1:, :4], mask[1:, :4])[0]
     if not both[mask > 0].isfinite().all():
-        kind_of_number = str(lm.dtype).removeprefix("torch.")
-        raise ValueError(f"a {kind} cannot be a policy in {kind_of_number}: its logits are not finite; other types are "
-                         "dtype=bfloat16 and dtype=float32")
+        dtype = str(lm.dtype).removeprefix("torch.")
+        raise ValueError(f"a {kind} cannot be a policy in {dtype}: its logits are not finite. Try another type: "
+                         "bf16=True, or bf16=False without fp16 for float32")
     if not same(both[0, 3:], short, most):
         raise ValueError(f"a {kind} cannot be a policy: in transformers, padding on the left changes its log-probs")
     if not same(both[1, :4], begun, most):
@@ -653,7 +653,7 @@ def load_policy(model: str | Decoder, # As for `as_decoder`
         try:
             policy = ActorCritic(lm, critic=args.critic, reference=args.beta > 0)
             check_rows(policy)
-            if args.dtype == torch.float16: logger.info("float16: layers are summed in float32, for it ends at 65504")
+            if args.dtype == torch.float16: logger.info("The residual stream is float32: float16 is limited to 65504")
         except torch.OutOfMemoryError: raise
         except (AttributeError, IndexError, RuntimeError, TypeError) as e: # From the model's code
             raise ValueError(f"a {lm.config.model_type} cannot be a policy: {first_line(e)}") from e

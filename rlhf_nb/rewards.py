@@ -200,7 +200,7 @@ class RewardModel:
         bad = [x for x in scores if not math.isfinite(x)]
         half = weight.dtype in (torch.float16, torch.bfloat16) and not getattr(self.model, "is_quantized", False)
         if not (bad and half): return scores
-        logger.warning("%s gave %s in %s: its weights are float32 from now on (reward_dtype=float32 loads them so)",
+        logger.warning("%s gave %s in %s: its weights are float32 from now on; reward_dtype=float32 loads them so",
                        self.__name__, bad[0], str(weight.dtype).removeprefix("torch."))
         self.model.float()
         return self.model(**inputs).logits[:, self.label].float().tolist()
@@ -401,8 +401,9 @@ def as_reward(reward: Reward,
         source = get_config_model_id(reward.config)
         if not tokenizer and not source:
             raise ValueError(f"{type(reward).__name__} has no name: give its tokenizer in reward_processing_classes")
-        # A quantized model must not be moved
-        if not getattr(reward, "hf_device_map", None): reward = reward.to(device=device, dtype=dtype)
+        # A quantized model must not be moved, nor change its type
+        if not getattr(reward, "hf_device_map", None): reward = reward.to(device)
+        if dtype and not getattr(reward, "is_quantized", False): reward = reward.to(dtype)
         return RewardModel(reward, tokenizer or AutoTokenizer.from_pretrained(source), **options)
     if not callable(reward): raise TypeError(f"A reward is a model, its name, or a function, not {show(reward)}")
     return reward

@@ -402,7 +402,8 @@ class PPOTrainer(Trainer):
         raise RunError(
             f"{self.skips.in_a_row} updates in a row were skipped; in update {self.skips.since} "
             f"{self.skips.what} not finite, with products in {kind}. "
-            f"The last weights are in {self.args.output_dir}/checkpoint-{self.state.global_step}"
+            f"The last weights are in {self.args.output_dir}/checkpoint-{self.state.global_step}. "
+            "Try a lower learning_rate, or another type (bf16, fp16)"
         )
 
     # The three verbs

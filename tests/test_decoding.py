@@ -114,7 +114,7 @@ def test_a_model_without_fixed_shapes_gets_the_plain_loop_and_says_so_once(caplo
     ours.policy.lm.get_base_model()._can_compile_fullgraph = False
     for _ in range(2): found = ours.rollout(["A question", "Another"])
     said = [r.message for r in caplog.records if "without a CUDA graph" in r.message]
-    assert len(said) == 1 and "a gpt2 does not compute with fixed shapes" in said[0] and not ours.sampler.static
+    assert len(said) == 1 and "a gpt2 does not compute with fixed shapes" in said[0] and not ours.sampler.fixed.usable
     theirs = tiny_run("gpt2", max_steps=1)
     for _ in range(2): plain = theirs.rollout(["A question", "Another"])
     assert same(found, plain)
@@ -125,10 +125,10 @@ def test_steps_that_compute_something_else_are_noticed(caplog, monkeypatch):
     monkeypatch.setattr(FixedLayer, "get_seq_length", lambda layer: layer.cumulative_length[0] - 5)
     monkeypatch.setattr(FixedLayer, "update", lambda layer, k, v, *_, **__: (layer.keys, layer.values))
     assert same(ours.rollout(["A question", "Another"]), theirs.rollout(["A question", "Another"]))
-    assert "nats off" in caplog.text and not ours.sampler.static
+    assert "nats per token: the plain loop" in caplog.text and not ours.sampler.fixed.usable
 
 
 def test_a_run_learns_the_same(tmp_path):
     one, other = (tiny_run("qwen3", cache_implementation=kind, max_steps=3) for kind in ("static", "dynamic"))
     for t in (one, other): t.train()
-    assert one.history("reward") == other.history("reward") and one.sampler.static
+    assert one.history("reward") == other.history("reward") and one.sampler.fixed.usable

@@ -57,7 +57,7 @@ def test_lora_is_merged_while_sampling(arch, monkeypatch):
         with packed_for_generation(base, 1):
             merged = [m for m in base.modules() if "forward" in vars(m)]
             found = policy.lm(ids).logits
-        monkeypatch.setattr(kernels, "MERGED", 0.)
+        monkeypatch.setattr(kernels, "MERGED_SHARE", 0.)
         with packed_for_generation(base, 1):
             few = [m for m in base.modules() if "forward" in vars(m) and kernels.mergeable(m)]
         assert torch.equal(policy.lm(ids).logits, plain)
