@@ -8,6 +8,7 @@ read the tokens so far) and for sharded weights. What was sampled is scored anyw
 """
 import logging
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -64,10 +65,11 @@ class FixedLayer(StaticLayer):
 
 
 def fits(policy: ActorCritic, cache: Cache | None) -> bool:
-    "Does transformers say that the model computes with fixed shapes, and can the layers of its cache have them?"
+    "Does transformers say that the model computes with fixed shapes, can its cache have them, and is it on one device?"
     kinds = {type(layer) for layer in getattr(cache, "layers", ())}
     known = all(kind.__name__ in FIXABLE and kind.__module__ == Cache.__module__ for kind in kinds)
-    return bool(kinds) and known and unwrapped(policy.lm)._can_compile_fullgraph
+    together = len({p.device for p in policy.lm.parameters()}) == 1
+    return bool(kinds) and known and together and unwrapped(policy.lm)._can_compile_fullgraph
 
 
 class FixedBatch:
@@ -160,17 +162,36 @@ class Repeated:
         if self.capture and self.calls == WARM_UP: self.graph = capture(self.function)
         self.calls += 1
         if self.graph: self.graph.replay()
+        elif self.capture and self.calls == WARM_UP: call_without_waits(self.function)
         else: self.function()
 
 
+def call_without_waits(function: Callable[[], None]):
+    "Call a function as a capture will; raise `NotFixed` if it waits for the GPU." # A failed capture leaves traces
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        # Where transformers asks this, it goes another way within a capture
+        with patch.object(torch.cuda, "is_current_stream_capturing", lambda: True): function()
+    except RuntimeError as e: raise_not_fixed(e)
+    finally: torch.cuda.set_sync_debug_mode(before)
+
+
 def capture(function: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    "Capture a function as a CUDA graph; raise `NotFixed` if it waits for the GPU."
+    "Capture a function as a CUDA graph; raise `NotFixed` if that fails."
     graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"): function()
-    except torch.OutOfMemoryError: raise
-    except RuntimeError as e: raise NotFixed(first_line(e)) from e
+    except RuntimeError as e: raise_not_fixed(e.__context__ or e) # The end of a failed capture fails as well
+    finally: torch.cuda.set_stream(stream) # Which it leaves as it is
     return graph
+
+
+def raise_not_fixed(e: BaseException):
+    "Raise `NotFixed` with the cause, but out of memory as it is: the sampler then takes fewer rows."
+    if isinstance(e, torch.OutOfMemoryError): raise e
+    raise NotFixed(first_line(e)) from e
 
 
 @torch.no_grad()
@@ -222,9 +243,9 @@ class FixedSteps:
     def agree(self, scored: list[dict[str, Tensor]]) -> bool: # From `score_batch`
         "Whether the steps computed the policy's log-probs; if not, they are not used again."
         if not self.usable: return True
-        found = (masked_mean((x["logprobs"] - x["sampling_logprobs"]).abs(), x["response_mask"]) for x in scored)
-        difference = max(x.item() for x in found)
-        if not difference >= MAX_DIFFERENCE: return True # NaN has another cause
+        found = [masked_mean((x["logprobs"] - x["sampling_logprobs"]).abs(), x["response_mask"]) for x in scored]
+        difference = torch.stack(found).nan_to_num().max().item() # NaN has another cause
+        if difference < MAX_DIFFERENCE: return True
         logger.warning("Log-probs of steps of fixed shapes differ from the policy's by %.2g nats per token: the plain "
                        "loop samples these completions again, and all from now on", difference)
         self.usable = False

@@ -2,6 +2,7 @@
 
 Only int8 weights change results beyond rounding; `tests/test_kernels.py` compares all with the plain computation.
 """
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
@@ -23,6 +25,8 @@ from .distributed import is_gathered
 
 if TYPE_CHECKING:
     from .models import Sampling
+
+logger = logging.getLogger(__name__)
 
 # Fused layers
 
@@ -476,9 +480,8 @@ def int8_linear(weight: Tensor,      # (out, in)
     return forward
 
 
-def merged_weight(layer: nn.Linear | FusedLora) -> Tensor: # (out, in)
-    "The weight, with the change of the active adapters where there are any."
-    if type(layer) is nn.Linear: return layer.weight
+def merged_weight(layer: FusedLora) -> Tensor: # (out, in)
+    "The weight, with the change of the active adapters."
     weight = layer.weight.detach()
     if layer.disable_adapters or layer.merged: return weight
     changes = (layer.get_delta_weight(a).float() for a in layer.active_adapters if a in layer.lora_A)
@@ -503,16 +506,17 @@ def float32_norm(layer: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
 MERGED_SHARE = .1 # Share of a GPU's memory that merged weights may take
 
 
-# The next two are replaced where a GPU is planned for
-
-def is_cpu(device: torch.device) -> bool:
-    "Do products run on a CPU?"
-    return device.type == "cpu"
+def gpu_memory(device: torch.device) -> float | None: # Bytes; the plan of a run on a GPU replaces this function
+    "All of a GPU's memory; None for other devices."
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def memory_of(device: torch.device) -> int: # Bytes
-    "All of a GPU's memory."
-    return torch.cuda.get_device_properties(device).total_memory
+def merged_weights(layers: list[FusedLora]) -> dict[FusedLora, Tensor]: # Of each, (out, in)
+    "Weights with the change of the adapters; none of them where memory does not suffice."
+    try: return {m: merged_weight(m) for m in layers}
+    except torch.OutOfMemoryError: logger.info("LoRA is not merged while sampling, for lack of memory")
+    clear_device_cache(garbage_collection=True)
+    return {}
 
 
 @contextmanager
@@ -522,14 +526,17 @@ def packed_for_generation(lm: PreTrainedModel, # Without peft's wrapper
 ) -> Iterator[None]:
     "Inside, LoRA is merged into copies of the weights, on a CPU packed; the parameters stay as they are."
     modules = [*lm.modules()] if is_gathered(lm) else []
-    on_cpu = is_cpu(lm.device)
-    lora = [m for m in modules if mergeable(m)]
-    if not on_cpu and sum(m.weight.nbytes for m in lora) > MERGED_SHARE * memory_of(lm.device): lora = []
+    memory = gpu_memory(lm.device)
+    on_cpu = lm.device.type == "cpu" and memory is None
+    lora = [m for m in modules if mergeable(m) and (on_cpu or memory)]
+    if memory and sum(m.weight.nbytes for m in lora) > MERGED_SHARE * memory: lora = []
+    merged = {} if on_cpu else merged_weights(lora) # On a CPU one at a time, for they are packed
+    if not on_cpu: lora = [*merged]
     inside_lora = {part for m in lora for part in m.modules()}
     linear = [m for m in modules if type(m) is nn.Linear and m not in inside_lora]
     packed = [m for m in linear if on_cpu and (int8 or m.weight.dtype == torch.bfloat16)]
     norms = {m for m in modules if type(m) is nn.LayerNorm and m.weight is not None}
-    if on_cpu or not torch.is_autocast_enabled(lm.device.type): norms = set() # There, autocast has them in float32
+    if not (memory and torch.is_autocast_enabled(lm.device.type)): norms = set() # There, autocast has them in float32
     layers = [m for m in [*lora, *packed, *norms] if "forward" not in vars(m)]
     mlps = {m.dense_h_to_4h: m for m in modules if type(m) is FusedBloomMLP}
     try:
@@ -537,7 +544,8 @@ def packed_for_generation(lm: PreTrainedModel, # Without peft's wrapper
             if m in norms:
                 m.forward = float32_norm(m)
                 continue
-            weight = merged_weight(m)
+            if m in merged: weight = merged[m]
+            else: weight = merged_weight(m) if type(m) is FusedLora else m.weight
             if int8: m.forward = int8_linear(weight, m.bias, rows)
             elif m in mlps: mlps[m].up = packed_linear(weight, m.bias, rows, gelu=True)
             else: m.forward = packed_linear(weight, m.bias, rows)

@@ -274,8 +274,7 @@ class Rehearsal:
                 patches.enter_context(patch.object(kernels, "BLOCK", CHUNK))
                 half = self.dtype.itemsize == 2
                 patches.enter_context(patch.multiple(
-                    kernels, has_float32_products=lambda *_: half, is_cpu=lambda _: False,
-                    memory_of=lambda _: self.device.memory,
+                    kernels, has_float32_products=lambda *_: half, gpu_memory=lambda _: self.device.memory,
                 ))
             for p in self.policy.parameters():
                 if p.requires_grad:

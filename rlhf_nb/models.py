@@ -627,9 +627,11 @@ def check_rows(policy: ActorCritic):
     both, short = logits(ids, mask), lm(input_ids=ids[:1, 3:], use_cache=False).logits[0].float()
     begun = logits(ids[1:, :4], mask[1:, :4])[0]
     if not both[mask > 0].isfinite().all():
-        dtype = str(lm.dtype).removeprefix("torch.")
-        raise ValueError(f"a {kind} cannot be a policy in {dtype}: its logits are not finite. Try another type: "
-                         "bf16=True, or bf16=False without fp16 for float32")
+        device = lm.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else lm.dtype
+        advice = "are its weights damaged?" if dtype == torch.float32 else "try another type (bf16, fp16, neither)"
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"a {kind} cannot be a policy in {name}: its logits are not finite; {advice}")
     if not same(both[0, 3:], short, most):
         raise ValueError(f"a {kind} cannot be a policy: in transformers, padding on the left changes its log-probs")
     if not same(both[1, :4], begun, most):

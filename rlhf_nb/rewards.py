@@ -48,7 +48,7 @@ from trl.trainer.utils import (
 
 from .config import PPOConfig
 from .data import Prompt, fit, is_prompt, last_question, longest_prefix, visible_start
-from .errors import halve_on_out_of_memory
+from .errors import RunError, halve_on_out_of_memory
 from .kernels import fuse_layers
 from .metrics import means
 from .models import check_ids, check_whole, hub_arguments, known_tokens, load_complete, loading, unwrapped
@@ -202,7 +202,12 @@ class RewardModel:
         if not (bad and half): return scores
         logger.warning("%s gave %s in %s: its weights are float32 from now on; reward_dtype=float32 loads them so",
                        self.__name__, bad[0], str(weight.dtype).removeprefix("torch."))
-        self.model.float()
+        dtype = weight.dtype
+        try: self.model.float()
+        except torch.OutOfMemoryError as e:
+            self.model.to(dtype) # Some weights were float32 already
+            raise RunError(f"{self.__name__} does not fit in float32, which its scores need: choose a smaller reward "
+                           "model, or bfloat16 (reward_dtype)") from e
         return self.model(**inputs).logits[:, self.label].float().tolist()
 
     def alike(self, padded: float, alone: float) -> bool:
@@ -401,9 +406,10 @@ def as_reward(reward: Reward,
         source = get_config_model_id(reward.config)
         if not tokenizer and not source:
             raise ValueError(f"{type(reward).__name__} has no name: give its tokenizer in reward_processing_classes")
-        # A quantized model must not be moved, nor change its type
-        if not getattr(reward, "hf_device_map", None): reward = reward.to(device)
-        if dtype and not getattr(reward, "is_quantized", False): reward = reward.to(dtype)
+        if not getattr(reward, "hf_device_map", None): reward = reward.to(device) # A quantized model must not be moved
+        if dtype and getattr(reward, "is_quantized", False):
+            raise ValueError(f"reward_dtype={args.reward_dtype} does not go with a quantized reward model")
+        if dtype: reward = reward.to(dtype)
         return RewardModel(reward, tokenizer or AutoTokenizer.from_pretrained(source), **options)
     if not callable(reward): raise TypeError(f"A reward is a model, its name, or a function, not {show(reward)}")
     return reward

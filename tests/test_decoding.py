@@ -6,7 +6,8 @@ from test_architectures import SAMPLING, change, make
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from rlhf_nb import decoding
-from rlhf_nb.decoding import FixedBatch, FixedLayer, NotFixed, generate_static
+from rlhf_nb.decoding import FixedBatch, FixedLayer, NotFixed, fits, generate_static
+from rlhf_nb.kernels import packed_for_generation
 from rlhf_nb.models import Sampling
 from rlhf_nb.rollout import Generation, generate, padded
 from rlhf_nb.testing import tiny_run
@@ -132,3 +133,28 @@ def test_a_run_learns_the_same(tmp_path):
     one, other = (tiny_run("qwen3", cache_implementation=kind, max_steps=3) for kind in ("static", "dynamic"))
     for t in (one, other): t.train()
     assert one.history("reward") == other.history("reward") and one.sampler.fixed.usable
+
+
+def test_an_explicit_static_that_is_not_possible_is_said(caplog):
+    trainer(repetition_penalty=1.5)
+    assert "cache_implementation=static has no effect with settings that read the tokens so far" in caplog.text
+    caplog.clear()
+    tiny_run("llama", repetition_penalty=1.5)
+    assert not caplog.records
+    with pytest.raises(ValueError, match="=static does not go with use_vllm"): trainer(use_vllm=True)
+
+
+def test_a_model_on_two_devices_gets_the_plain_loop():
+    policy = make("llama", lora=True)
+    query, _ = prompts(3, 9)
+    _, cache = policy.next_logits(*query, None)
+    assert fits(policy, cache)
+    policy.lm.get_base_model().lm_head.to("meta")
+    assert not fits(policy, cache)
+
+
+def test_other_devices_have_their_own_way(monkeypatch):
+    policy = make("llama", lora=True)
+    base = policy.lm.get_base_model()
+    monkeypatch.setattr(type(base), "device", torch.device("mps")) # Neither a CPU nor a GPU of CUDA
+    with packed_for_generation(base, 1): assert not any("forward" in vars(m) for m in base.modules())

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from rlhf_nb import rewards
 from rlhf_nb.config import PPOConfig
+from rlhf_nb.errors import RunError
 from rlhf_nb.rewards import RewardModel, Rewards, Sample, holds_rewards, in_parts
 from rlhf_nb.testing import policy_tokenizer, tiny_reward_model
 
@@ -519,3 +520,25 @@ def test_an_error_of_one_process_is_raised_in_all(monkeypatch):
     Process(monkeypatch, 0, [samples("d"), []], [([], [], None), ([], [], None)])
     with pytest.raises(ValueError, match="Reward trips failed on the prompt 'd': KeyError"):
         make(trips, reward_processes=1)(rolled(["c"], ["cc"]))
+
+
+def test_a_quantized_model_is_moved_and_keeps_its_type():
+    tok = policy_tokenizer()
+    model = llama(tok)
+    model.quantization_method, model.is_quantized = "gptq", True
+    reward, = make(model, tokenizers=[tok]).funcs
+    assert reward.model is model
+    with pytest.raises(ValueError, match="reward_dtype=float32 does not go with a quantized reward model"):
+        make(model, tokenizers=[tok], reward_dtype="float32")
+
+
+def test_float32_that_does_not_fit_is_said(monkeypatch):
+    tok = policy_tokenizer()
+    reward = RewardModel(overflows(tok).to(torch.float16), tok)
+
+    def half_way():
+        reward.model.model.norm.float()
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(reward.model, "float", half_way)
+    with pytest.raises(RunError, match="does not fit in float32"): reward(QUESTIONS, ANSWERS)
+    assert {p.dtype for p in reward.model.parameters()} == {torch.float16}

@@ -67,3 +67,17 @@ def test_lora_is_merged_while_sampling(arch, monkeypatch):
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
     assert not any("forward" in vars(m) for m in base.modules())
     if arch != "gpt2": assert not torch.equal(found, plain), "another rounding"
+
+
+def test_lora_is_not_merged_where_memory_does_not_suffice(monkeypatch, caplog):
+    lm, _ = tiny_policy("llama")
+    policy = ActorCritic(get_peft_model(lm.half().cuda(), LoraConfig(target_modules="all-linear")))
+    base = policy.lm.get_base_model()
+
+    def too_much(layer): raise torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(kernels, "merged_weight", too_much)
+    caplog.set_level("INFO")
+    with torch.no_grad(), torch.autocast("cuda", torch.float16), packed_for_generation(base, 1):
+        assert not any("forward" in vars(m) for m in base.modules() if kernels.mergeable(m))
+        assert policy.lm(torch.arange(5, 17, device="cuda")[None]).logits.isfinite().all()
+    assert "not merged while sampling, for lack of memory" in caplog.text

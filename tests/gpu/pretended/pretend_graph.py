@@ -45,6 +45,7 @@ class Now:
     default = Stream()
     stream = default
     recorder: "Recorder | None" = None
+    refuses_waits = False
 
 
 def synchronize(device=None):
@@ -161,16 +162,29 @@ class CUDAGraph:
 
 @contextmanager
 def graph(cuda_graph: CUDAGraph, pool=None, stream: Stream | None = None, capture_error_mode: str = "global"):
-    "`torch.cuda.graph`: what happens inside is captured."
+    "`torch.cuda.graph`: what happens inside is captured. As torch's, it leaves its stream in use if that fails."
     synchronize()
     gc.collect()
-    with use_stream(stream or Stream()):
-        cuda_graph.capture_begin(pool, capture_error_mode)
-        try: yield
-        finally: cuda_graph.capture_end()
+    before = Now.stream
+    Now.stream = stream or Stream()
+    cuda_graph.capture_begin(pool, capture_error_mode)
+    try: yield
+    except BaseException:
+        cuda_graph.capture_end()
+        raise RuntimeError("operation failed due to a previous error during capture (pretended)") # noqa: B904
+    cuda_graph.capture_end()
+    Now.stream = before
+
+
+def set_sync_debug_mode(mode: int | str):
+    "Whether waits are refused; warnings are not pretended."
+    Now.refuses_waits = mode in (2, "error")
+    torch.ops.pretend.capture(Now.refuses_waits)
 
 
 REPLACED = dict( # In torch.cuda
+    get_sync_debug_mode=lambda: 2 * Now.refuses_waits,
+    set_sync_debug_mode=set_sync_debug_mode,
     Stream=Stream,
     Event=Event,
     stream=use_stream,
