@@ -323,7 +323,7 @@ class Sampler:
                  strategy: "Strategy",                   # Where the weights are
                  client: "VLLMSampler | None" = None):   # Samples instead of the policy
         self.policy = policy
-        from .decoding import FixedSteps  # Here, because decoding imports this module
+        from rlhf_nb.decoding import FixedSteps  # Here, because decoding imports this module
         self.tokenizer = tokenizer
         self.args = args
         self.strategy = strategy
