@@ -104,6 +104,7 @@ def test_one_below_the_other_on_a_narrow_terminal(tuned):
     assert max(map(len, last.splitlines())) <= 60
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_not_the_chat(tuned):
     screen, status = at_terminal(100, [b"Why?\r", b"\x03", b"\r"], "chat", tuned, "--max_completion_length", 1500)
     assert status == 0 and "(stopped)" in screen

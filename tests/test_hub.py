@@ -77,6 +77,7 @@ def test_what_is_uploaded(tiny, tmp_path, hub):
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny[0]), tmp_path/"loaded")
 
 
+@pytest.mark.slow
 def test_no_repository_is_said_before_training(tiny, tmp_path, hub):
     hub.refuse = lambda path: path.endswith("/create")
     said = push(tiny, tmp_path/"run", hub, status=2)

@@ -29,6 +29,7 @@ def seeds(tmp_path_factory):
     return runs
 
 
+@pytest.mark.slow
 def test_the_demo_learns_and_says_so(tmp_path, capsys):
     short = ["--disable_tqdm", "--max_steps", "25", "--max_eval_samples", "100"]
     trainer = demo(["--output_dir", str(tmp_path/"demo"), *short])

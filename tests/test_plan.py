@@ -313,6 +313,7 @@ def test_the_time_on_a_gpu_counts_kernels(original, monkeypatch):
     assert here.times == {phase: s * OVER[phase] for phase, s in here.floor.items()}
 
 
+@pytest.mark.slow
 def test_advice_makes_it_fit(original):
     args = its_settings(per_device_train_batch_size=32, steps_per_generation=1, max_completion_length=512)
     told = advice(original, args, plan(original, args, GPUS["T4"]))

@@ -28,6 +28,7 @@ def test_shards_train_like_one(tiny, together, tmp_path, more):
     same_run(tmp_path/"one", tmp_path/"two")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_any_number_of_processes(tiny, together, tmp_path):
     def told(out, rows, last, *more):
         constant = "--lr_scheduler_type", "constant", "--max_steps", last, "--save_steps", last

@@ -59,6 +59,7 @@ def test_a_terminal_has_one_block_and_lines_above_it(tiny, tmp_path):
     assert "\x1b[1A" in sent and sent.rindex("\x1b[?25h") > sent.rindex("Completions of update 2"), "the cursor is back"
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_gives_the_terminal_back(tmp_path):
     status, sent = on_a_terminal([sys.executable, "-c", FAILS % str(tmp_path/"run")])
     assert status == 1 and "judge" in sent and sent.rindex("\x1b[?25h") < sent.rindex("KeyError")
@@ -72,6 +73,7 @@ def test_a_file_has_a_line_for_each_entry_and_quiet_none(tiny, tmp_path):
     assert rlhf_nb(*flags(tiny, tmp_path/"quiet"), "--quiet").count("update") == 0
 
 
+@pytest.mark.slow
 def test_a_notebook_has_one_page_that_is_replaced(tiny, tmp_path):
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PAGE % [str(f)
                                                                            for f in flags(tiny, tmp_path/"run")[1:]])])
