@@ -234,7 +234,7 @@ def test_evaluation_alone_prints_and_writes_nothing(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, text", [
-    (["train", "--batch_size", "0"], "must be at least 1"),
+    pytest.param(["train", "--batch_size", "0"], "must be at least 1", marks=pytest.mark.slow),
     pytest.param(["train", "--do_train"], "--model_name_or_path is missing", marks=pytest.mark.slow),
     (["train", "--learningrate", "1"], "did you mean learning_rate?"),
     pytest.param(["train", "--config", "nowhere.yaml"], "nowhere.yaml", marks=pytest.mark.slow),

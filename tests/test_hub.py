@@ -56,6 +56,7 @@ def push(tiny, out, hub, *more, status=0):
                    HF_TOKEN="hf_secret", HF_HUB_OFFLINE="0")
 
 
+@pytest.mark.slow
 def test_what_is_uploaded(tiny, tmp_path, hub):
     said = push(tiny, tmp_path/"my-run", hub, "--hub_strategy", "every_save")
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "value_head.safetensors",

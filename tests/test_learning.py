@@ -51,6 +51,7 @@ def test_what_ships_is_small_and_good():
     assert accuracy(clinic_models()[1], 500) >= .88
 
 
+@pytest.mark.slow
 def test_the_benchmark_is_ready(tmp_path):
     trainer = ppo(tmp_path/"ppo", max_steps=1, do_eval=False, **CONTROLS["constant"])
     trainer.train()

@@ -296,6 +296,7 @@ def test_the_floor_is_the_benchmarks(original):
     )
 
 
+@pytest.mark.slow
 def test_the_time_on_a_gpu_counts_kernels(original, monkeypatch):
     graph, loop = (plan(original, its_settings(cache_implementation=kind), GPUS["T4"]) for kind in (None, "dynamic"))
     assert graph.graph and not loop.graph and graph.launches == loop.launches

@@ -42,6 +42,7 @@ def test_a_run_goes_on_in_any_number_of_processes(tiny, together, tmp_path):
     same_run(tmp_path/"all", tmp_path/"parts", evaluated=(2, 4))
 
 
+@pytest.mark.slow
 def test_resumed_on_as_many_processes_it_is_exact(tiny, together, tmp_path):
     more = "--max_steps", 4, "--save_steps", 2
     together(*flags(tiny, tmp_path/"straight", 4, *more), env=FSDP)

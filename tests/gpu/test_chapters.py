@@ -12,7 +12,7 @@ from rlhf_nb.testing import shipped_rows, tiny_policy
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbdev")
 ROOT = Path(__file__).parent.parent.parent
-QUICK = ("06_learner",)
+QUICK = ()
 CHAPTERS = sorted(path.stem for path in (ROOT/"nbs").glob("*.ipynb") if path.stem[:2] < "10")
 RUN = """
 import sys
