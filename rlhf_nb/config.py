@@ -283,7 +283,6 @@ class PPOConfig(TrainingArguments):
 
     # Fields of RLOOConfig that are refused
     pad_to_multiple_of: int | str | None = setting("auto", "Not supported")
-
     vllm_model_impl: str = setting("vllm", "Not supported")
     vllm_enable_sleep_mode: bool = setting(False, "Not supported")
     vllm_structured_outputs_regex: str | None = setting(None, "Not supported")

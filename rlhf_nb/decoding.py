@@ -137,14 +137,16 @@ class FixedBatch:
                 x[:, t + 1:].masked_fill_(hit[:, None], rest)
         return (~self.ended[self.rows]).nonzero()[:, 0].tolist()
 
-    def shrink(self, running: list[int]): # From `running`
+    def shrink(self, running: list[int]) -> bool: # From `running`; is it smaller now?
         "Halve the batch while it still holds all rows that have not ended."
         n = len(self.rows)
         while n // 2 >= max(len(running), MIN_ROWS): n //= 2
+        if n == len(self.rows): return False
         others = [i for i in range(len(self.rows)) if i not in {*running}]
         kept = torch.tensor([*running, *others][:n], device=self.rows.device)
         self.rows, self.mask, self.token = self.rows[kept], self.mask[kept], self.token[kept]
         self.cache.reorder_cache(kept)
+        return True
 
 
 class NotFixed(RuntimeError):
@@ -198,7 +200,7 @@ def raise_not_fixed(e: BaseException):
 def generate_static(policy: ActorCritic,
                     query_ids: Tensor,        # Prompts, padded on the left, (B, P)
                     query_mask: Tensor,       # 1 for real tokens, (B, P)
-                    generation: Generation, # Without processors
+                    generation: Generation,   # Without processors
                     uniforms: Tensor | None,  # As for `generate`
 ) -> Generated:
     "Complete prompts in steps of fixed shapes, on a GPU from a CUDA graph; raise `NotFixed` where the model cannot."
@@ -209,9 +211,7 @@ def generate_static(policy: ActorCritic,
     step, seen, done = None, 0, 1
     while running := batch.running(seen, done):
         if done == generation.max_length: break
-        if step is None or len(batch.rows) // 2 >= max(len(running), MIN_ROWS):
-            batch.shrink(running)
-            step = Repeated(batch.step, capture=query_ids.is_cuda)
+        if batch.shrink(running) or step is None: step = Repeated(batch.step, capture=query_ids.is_cuda)
         seen = done
         done = min(done + CHECK_EVERY, generation.max_length)
         for _ in range(seen, done): step()

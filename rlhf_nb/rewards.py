@@ -196,7 +196,9 @@ class RewardModel:
             del inputs["token_type_ids"] # GPT-2 would add the embedding of token 0
         weight = next(self.model.parameters())
         inputs = inputs.to(weight.device)
-        scores = self.model(**inputs).logits[:, self.label].float().tolist()
+        def scores_now(): return self.model(**inputs).logits[:, self.label].float().tolist()
+
+        scores = scores_now()
         bad = [x for x in scores if not math.isfinite(x)]
         half = weight.dtype in (torch.float16, torch.bfloat16) and not getattr(self.model, "is_quantized", False)
         if not (bad and half): return scores
@@ -208,7 +210,7 @@ class RewardModel:
             self.model.to(dtype) # Some weights were float32 already
             raise RunError(f"{self.__name__} does not fit in float32, which its scores need: choose a smaller reward "
                            "model, or bfloat16 (reward_dtype)") from e
-        return self.model(**inputs).logits[:, self.label].float().tolist()
+        return scores_now()
 
     def alike(self, padded: float, alone: float) -> bool:
         "Return whether a score is the same with padding as without; say so where it is not."
