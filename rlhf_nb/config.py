@@ -154,6 +154,12 @@ class PPOConfig(TrainingArguments):
     )
     critic: Literal["shared", "detached", "adapter"] = setting(
         "shared", "The value loss trains the policy's layers, too; only the value head; or a LoRA adapter of its own")
+    critic_learning_rate: Positive | None = setting(
+        None, "Peak learning rate of the value head and the critic's adapter; default: learning_rate"
+    )
+    critic_pretraining_steps: Whole = setting(
+        0, "Updates of the critic before the first rollout, from completions in the data set (column output)"
+    )
 
     # Prompts
     max_prompt_length: Count | None = setting(None, "Longest prompt, in tokens: the start of a longer one is cut")
@@ -255,6 +261,7 @@ class PPOConfig(TrainingArguments):
     )
     gamma: Unit = setting(1.0, "Discount per token")
     lam: Unit = setting(0.95, "GAE lambda: 0 trusts the critic, 1 the rewards")
+    critic_lam: Unit | None = setting(None, "GAE lambda of the critic's targets; 1: the rewards; default: lam")
     whiten_rewards: bool = setting(False, "Scale token rewards to variance 1 before GAE")
     normalize_advantages: bool = setting(True, "Scale advantages to mean 0 and variance 1 over the tokens of an update")
     vf_coef: NonNeg = setting(0.1, "Weight of the value loss")

@@ -490,7 +490,8 @@ def check_datasets(args: PPOConfig,
     "`TypeError` or `ValueError`, in one line, for data sets that a run cannot use."
     if train_dataset is None: raise ValueError("train_dataset is missing: PPOTrainer needs prompts to train on")
     needed = {args.question_column: "question_column"} if args.question_column else {}
-    check_dataset(train_dataset, "train_dataset", needed | (dict(output="ptx_coef") if args.ptx_coef else {}))
+    readers = [name for name in ("ptx_coef", "critic_pretraining_steps") if getattr(args, name)]
+    check_dataset(train_dataset, "train_dataset", needed | (dict(output=readers[0]) if readers else {}))
     if isinstance(eval_dataset, dict):
         for name, data in eval_dataset.items(): check_dataset(data, f"eval_dataset[{name!r}]", needed)
     elif eval_dataset is not None: check_dataset(eval_dataset, "eval_dataset", needed)

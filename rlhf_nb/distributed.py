@@ -234,6 +234,7 @@ class DeepSpeed(Strategy):
                (clip not in ("auto", args.max_grad_norm), f"DeepSpeed: gradient_clipping={clip} is not max_grad_norm"),
                (self.config["fp16"]["enabled"] is True, "fp16 does not go with ZeRO: set bf16 to True or False"),
                (args.critic_warmup_steps, "critic_warmup_steps does not go with ZeRO: set 0"),
+               (args.critic_pretraining_steps, "critic_pretraining_steps does not go with ZeRO: set 0"),
                (self.in_step and args.use_vllm, "use_vllm does not go with ZeRO stage 3: use stage 2 or FSDP2"),
                (self.in_step and not args.ds3_gather_for_generation,
                 "ds3_gather_for_generation=False does not go with ZeRO: use FSDP2"))

@@ -314,6 +314,11 @@ class ActorCritic(nn.Module):
         if source: load_critic(self, source)
         self.eval()
 
+    def critic_parameters(self) -> list[nn.Parameter]:
+        "Trained weights that only the critic has: its adapter, and the value head."
+        named = self.named_parameters()
+        return [p for name, p in named if p.requires_grad and not {CRITIC, "value_head"}.isdisjoint(name.split("."))]
+
     def train(self, mode: bool = True) -> "ActorCritic":
         "Evaluation mode always, but for bitsandbytes' layers: their inference kernels have no gradient."
         super().train(False)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'Pair', 'PROCESSORS', 'WARPERS', 'SUPPORTED', 'NAMES', 'Stop', 'Anyone', 'Batch', 'Rollout', 'find_in_cdf',
-           'sample_tokens', 'encode_prompts', 'generation_settings', 'logits_processors', 'Generation', 'Generated',
-           'generate', 'pad_rows', 'padded', 'decode', 'stopper', 'by_length', 'generate_batches', 'score_batch',
-           'join_batches', 'Sampler']
+           'sample_tokens', 'encode_prompts', 'encode_outputs', 'generation_settings', 'logits_processors',
+           'Generation', 'Generated', 'generate', 'pad_rows', 'padded', 'decode', 'stopper', 'by_length',
+           'generate_batches', 'score_batch', 'join_batches', 'Sampler']
 
 # %% ../nbs/04_rollout.ipynb #dadc8f35
 import logging
@@ -111,6 +111,22 @@ def encode_prompts(rows: list[dict],                   # Each with a `prompt`: t
         shortened += len(ids) == args.max_prompt_length and len(encode()) > len(ids)
         queries.append(torch.tensor(ids, device=device))
     return queries, shortened
+
+def encode_outputs(rows: list[dict],                   # Each with an `output`, a text
+                   tokenizer: PreTrainedTokenizerBase, # The policy's
+                   args: PPOConfig,
+                   device: torch.device,
+                   known: float = math.inf,            # Tokens that the model has embeddings for
+) -> list[Tensor]:                                     # Ids, 1-D
+    "Tokenize the data set's own completions as the policy would have generated them, with EOS."
+    outputs = []
+    for row in rows:
+        if not isinstance(row.get("output"), str):
+            raise ValueError(f"Every prompt needs an output; there is none for {row['prompt']!r:.80}")
+        ids = tokenizer(row["output"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        check_ids(ids, tokenizer, known)
+        outputs.append(torch.tensor(ids[:args.max_completion_length], device=device))
+    return outputs
 
 # %% ../nbs/04_rollout.ipynb #27ad80d4
 PROCESSORS = dict(sequence_bias=SequenceBiasLogitsProcessor, repetition_penalty=RepetitionPenaltyLogitsProcessor,
@@ -400,42 +416,78 @@ class Sampler:
         if source:
             uniforms = torch.rand(args.world_size, len(rows), args.max_completion_length, generator=source)
             uniforms = uniforms[args.process_index].to(self.device)
+        make = partial(self.generate, queries, uniforms, self.int8 and source is self.generator)
+        return self.as_memory_allows(rows, make, batch_size)
+
+    def given(self, rows: list[dict]) -> Rollout: # Each with a `prompt` and an `output`
+        "The data set's own completions as a rollout: nothing is sampled, and `sampling_logprobs` are 0."
+        queries, _ = encode_prompts(rows, self.tokenizer, self.args, self.device, self.known)
+        outputs = encode_outputs(rows, self.tokenizer, self.args, self.device, self.known)
+        pad = self.generation.pad_id
+
+        def make(size: int) -> Iterator[Batch]:
+            for batch in by_length(queries, size):
+                ids, mask = padded([outputs[i] for i in batch], pad, "right")
+                last = ids.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
+                made = Generated(ids, mask, torch.zeros(ids.shape, device=self.device),
+                                 last == self.tokenizer.eos_token_id)
+                yield batch, padded([queries[i] for i in batch], pad), made
+        return self.as_memory_allows(rows, make)
+
+    def as_memory_allows(self,
+                         rows: list[dict],
+                         make: Callable[[int], Iterable[Batch]], # Completions, so many prompts at once
+                         batch_size: int | None = None, # As many as memory may hold; default: what `args` says
+    ) -> Rollout:
+        "Make completions and score their tokens; out of memory, the same in smaller batches."
+        args = self.args
         wanted = batch_size or args.local_rollout_forward_batch_size
         wanted = wanted or args.per_device_train_batch_size * args.steps_per_generation # All of an update
         while True:
             size = min(wanted, self.limit, len(rows))
-            try: return self.sample(rows, queries, uniforms, size, self.int8 and source is self.generator)
+            try: return self.complete(rows, make, size)
             except RuntimeError as e:
                 self.limit = halve_on_out_of_memory(
                     e, size, f"local_rollout_forward_batch_size={size // 2}",
                     "a shorter max_prompt_length or max_completion_length, 8-bit weights", self.strategy.in_step)
 
-    @torch.no_grad()
-    def sample(self,
-               rows: list[dict],
-               queries: list[Tensor],   # Their prompts, 1-D
-               uniforms: Tensor | None, # One number per prompt and position, (N, max_length); None: greedy
-               size: int,               # Prompts at once
-               int8: bool,              # With int8 weights
-    ) -> Rollout:
-        "Generate completions, then score their tokens."
-        args = self.args
+    @property
+    def fixed_shapes(self) -> bool:
+        "Are the next completions sampled in steps of fixed shapes?"
+        return self.fixed.usable and not self.client and not self.generation.processors
+
+    def generate(self,
+                 queries: list[Tensor],   # Prompts, 1-D
+                 uniforms: Tensor | None, # One number per prompt and position, (N, max_length); None: greedy
+                 int8: bool,              # With int8 weights
+                 size: int,               # Prompts at once
+    ) -> Iterable[Batch]:
+        "Sample a completion of each prompt, here or by a vLLM server."
         strategy = self.strategy
         generation = self.generation
-        anyone = strategy.any if strategy.in_step and not args.ds3_gather_for_generation else None
-        fixed = self.fixed.usable and not generation.processors
-        method = self.fixed.generate if fixed else partial(generate, anyone=anyone)
+        anyone = strategy.any if strategy.in_step and not self.args.ds3_gather_for_generation else None
+        method = self.fixed.generate if self.fixed_shapes else partial(generate, anyone=anyone)
+        if self.client: return self.client(self.policy.lm, queries, generation, uniforms, size)
+        return generate_batches(self.policy, queries, generation, uniforms, size, int8, method)
+
+    @torch.no_grad()
+    def complete(self,
+                 rows: list[dict],
+                 make: Callable[[int], Iterable[Batch]], # Completions, so many prompts at once
+                 size: int,                              # Prompts at once
+    ) -> Rollout:
+        "Make completions, then score their tokens."
+        strategy = self.strategy
+        generation = self.generation
+        fixed = self.fixed_shapes
         with strategy.autocast():
-            with strategy.gathered():
-                if self.client: batches = self.client(self.policy.lm, queries, generation, uniforms, size)
-                else: batches = [*generate_batches(self.policy, queries, generation, uniforms, size, int8, method)]
-            scored = [score_batch(self.policy, query, made, generation.sampling, reference=args.beta > 0)
+            with strategy.gathered(): batches = [*make(size)]
+            scored = [score_batch(self.policy, query, made, generation.sampling, reference=self.args.beta > 0)
                       for _, query, made in batches]
-        if fixed and not (self.off_policy or self.fixed.agree(scored)):
-            return self.sample(rows, queries, uniforms, size, int8)
+        if fixed and not (self.off_policy or self.fixed.agree(scored)): return self.complete(rows, make, size)
         places = torch.tensor([i for batch, *_ in batches for i in batch]).argsort()
         columns = join_batches(scored, places, generation.pad_id)
         tokens = Tokens(*(columns.pop(name) for name in Tokens._fields))
-        texts = [decode(ids[:n], self.tokenizer, self.eos_token_ids, args.stop_strings)
+        texts = [decode(ids[:n], self.tokenizer, self.eos_token_ids, self.args.stop_strings)
                  for ids, n in zip(tokens.response_ids.cpu(), tokens.response_mask.sum(1).tolist())]
         return Rollout(rows, [row["prompt"] for row in rows], texts, tokens, **columns)

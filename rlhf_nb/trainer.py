@@ -41,7 +41,7 @@ from .data import PromptOrder, check_datasets
 from .distributed import Strategy, make_strategy, process_failure
 from .errors import RunError, Skips, first_line
 from .hub import make_repo
-from .learner import Learner, add_missing, make_experience
+from .learner import Learner, add_missing, make_experience, separate_critic
 from .metrics import means, series
 from .models import check_lengths, hub_arguments, load_policy, prepare_tokenizer
 from .ppo import KLController, RunningMoments, apply_mask, explained_variance, kl_penalty, masked_mean
@@ -287,6 +287,10 @@ class PPOTrainer(Trainer):
         "The optimizer of policy and critic; one that the user gave gets the critic's weights, too."
         if self.optimizer is None: super().create_optimizer(self.policy)
         add_missing(self.optimizer, self.policy)
+        if rate := self.args.critic_learning_rate:
+            if self.lr_scheduler is not None:
+                raise ValueError("critic_learning_rate does not go with a schedule that is given to the trainer")
+            separate_critic(self.optimizer, self.policy, rate)
         groups = self.optimizer.param_groups
         groups[:] = [group for group in groups if group["params"]]  # As DeepSpeed does, which would miscount them
         return self.optimizer
@@ -314,7 +318,7 @@ class PPOTrainer(Trainer):
     ) -> TrainOutput:
         "Train until the last update; called again, continue with what `max_steps` has been raised to."
         with process_failure(self.args), StopSignals(quiet=self.args.world_size > 1) as signals:
-            self.begin(resume_from_checkpoint)
+            if self.begin(resume_from_checkpoint): self.pretrain_critic(signals)
             for prompts in self.batches():
                 self.event("step_begin")
                 with files.checkpoint_on_error(self, self.place):
@@ -325,7 +329,8 @@ class PPOTrainer(Trainer):
                 if self.control.should_training_stop: break
             return self.end()
 
-    def begin(self, resume: str | bool | None): # A checkpoint folder, or True
+    def begin(self, resume: str | bool | None, # A checkpoint folder, or True
+    ) -> bool:                                 # Is it a new run?
         "What comes before the first update of a call of `train`."
         args = self.args
         resume = resume or (None if self.state.global_step else args.resume_from_checkpoint)
@@ -338,15 +343,41 @@ class PPOTrainer(Trainer):
         self.event("train_begin")
         if args.eval_on_start and fresh: self.evaluate()
         if self.state.global_step < self.state.max_steps: self.event("epoch_begin")
+        return fresh
+
+    def pretrain_critic(self, signals: StopSignals):
+        "Updates of the critic alone, from the data set's own completions and their rewards (VC-PPO, section 3.1)."
+        args, explained = self.args, 0.
+        order = PromptOrder(self.train_dataset, args.seed, args.shuffle_dataset)
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        if args.critic == "shared": self.policy.critic = "detached"
+        for step in range(args.critic_pretraining_steps):
+            rollout = self.sampler.given(self.share(order.take(args.generation_batch_size)))
+            everything = gather_all(self.strategy, rollout, self.score(rollout))
+            exp, _ = make_experience(*everything, args, self.kl_controller.value, self.moments)
+            for group in groups: # Their peak, whatever the schedule's first rate is
+                group["lr"] = group.get("initial_lr", group["lr"]) * (1 - step / args.critic_pretraining_steps)
+            self.learner.update(exp, self.sampler.sampling, critic_only=True)
+            explained += .1 * (explained_variance(exp.values, exp.to_go, exp.mask).item() - explained)
+            if self.strategy.any(signals.seen): break
+        for group, rate in zip(groups, rates): group["lr"] = rate
+        self.policy.critic = args.critic
+        if args.critic_pretraining_steps:
+            logger.info("The critic has learned from %d completions of the data set; explained variance %.2f",
+                        (step + 1) * args.generation_batch_size, explained)
+
+    def share(self, rows: list[dict]) -> list[dict]: # Of all processes
+        "This process's rows."
+        size = self.args.generation_batch_size // self.args.world_size
+        return rows[self.args.process_index * size:(self.args.process_index + 1) * size]
 
     def batches(self) -> Iterator[list[dict]]: # Rows of the data set
         "This process's rows of each update, every prompt `num_generations` times, until the last update."
-        args, share = self.args, self.args.generation_batch_size // self.args.world_size
         while self.state.global_step < self.state.max_steps:
             self.place = self.order.state_dict()
             prompts = self.order.take(self.per_update)
-            rows = [row for row in prompts for _ in range(args.num_generations)]
-            yield rows[args.process_index * share:(args.process_index + 1) * share]
+            yield self.share([row for row in prompts for _ in range(self.args.num_generations)])
 
     def after_step(self, stats: dict[str, float], signals: StopSignals): # Metrics of the update
         "What comes after an update: callbacks; log, evaluate and save as they have asked; the end of an epoch."
@@ -462,7 +493,7 @@ class PPOTrainer(Trainer):
             found = update.stats | {
                 "objective/shaped_reward": reward,
                 "objective/rlhf_reward": reward + stats.get("objective/non_score_reward", 0.0),
-                "val/explained_variance": explained_variance(exp.values, exp.returns, exp.mask).item(),
+                "val/explained_variance": explained_variance(exp.values, exp.to_go, exp.mask).item(),
             }
             self.completions.numbers = {
                 "rewards": scores.total,

@@ -1,0 +1,144 @@
+"What only the critic has: its learning rate, its targets, and what it learns before the first rollout."
+import pytest
+import torch
+from datasets import Dataset
+from torch.testing import assert_close
+
+from rlhf_nb.ppo import gae
+from rlhf_nb.testing import tiny_run
+
+QUIET = dict(max_steps=1, num_iterations=1, adap_kl_ctrl=False)
+# The number of letters e in the output is its reward, so a critic can know it from the prompt
+ANSWERS = Dataset.from_list(
+    [dict(prompt=f"Say {n}.", output="eee e eee"[:n]) for n in (1, 3, 5, 7, 9) for _ in range(8)]
+)
+TALK = ANSWERS.map(lambda row: dict(prompt=[dict(role="user", content=row["prompt"])]))
+
+
+def changed(trainer, before):
+    "Names of weights that differ."
+    return {name for name, p in trainer.policy.named_parameters() if not torch.equal(p, before[name])}
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+
+
+def of_critic(name):
+    return not {"critic", "value_head"}.isdisjoint(name.split("."))
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "bloom"])
+@pytest.mark.parametrize("critic", ["shared", "detached", "adapter"])
+def test_the_critic_learns_before_the_first_rollout(arch, critic, monkeypatch):
+    trainer = tiny_run(arch, data=ANSWERS, critic=critic, critic_pretraining_steps=6, critic_learning_rate=.02,
+                       learning_rate=1e-9, vf_coef=1., cliprange_value=None, use_score_scaling=True,
+                       use_score_norm=True, **QUIET)
+    before, seen = weights(trainer), {}
+    monkeypatch.setattr(trainer, "rollout", lambda rows: seen.update(moved=changed(trainer, before)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError): trainer.train()
+    assert seen["moved"] and all(map(of_critic, seen["moved"]))
+    assert any("critic" in name.split(".") for name in seen["moved"]) == (critic == "adapter")
+    assert trainer.policy.critic == critic, "shared again, where it was shared"
+    assert trainer.optimizer.param_groups[-1]["lr"] == .02, "as the schedule has it"
+
+
+def test_what_it_learns_is_the_reward(caplog):
+    caplog.set_level("INFO")
+    settings = dict(critic="adapter", critic_learning_rate=.01, vf_coef=1., cliprange_value=None,
+                    use_score_scaling=True, use_score_norm=True, **QUIET | dict(num_iterations=4))
+    trainer = tiny_run("llama", data=ANSWERS, critic_pretraining_steps=20, **settings)
+    trainer.train()
+    text = next(line for line in caplog.messages if "has learned" in line)
+    assert "640 completions" in text and float(text.split()[-1]) > .5
+
+
+def test_the_run_is_dealt_the_same_prompts():
+    plain, pretrained = (tiny_run(data=ANSWERS, critic_pretraining_steps=n, **QUIET) for n in (0, 2))
+    dealt = []
+    for trainer in (plain, pretrained):
+        rollout = trainer.rollout
+        trainer.rollout = lambda rows, rollout=rollout: dealt.append(rows) or rollout(rows)
+        trainer.train()
+    assert dealt[0] == dealt[1]
+
+
+def test_messages(caplog):
+    caplog.set_level("INFO")
+    template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    trainer = tiny_run(data=ANSWERS, critic_pretraining_steps=1, **QUIET)
+    trainer.processing_class.chat_template = template
+    trainer.train_dataset = TALK
+    rollout = trainer.sampler.given([*TALK.select([0, 39])])
+    assert rollout.completions == ["e", "eee e eee"] and rollout.ended.all() and not rollout.sampling_logprobs.any()
+    assert_close(rollout.logprobs, rollout.ref_logprobs)
+    trainer.rewards.funcs = [lambda prompts, completions, **_: [float(len(c[0]["content"])) for c in completions]]
+    assert trainer.score(rollout).total.tolist() == [1., 9.]
+
+
+def test_a_long_output_is_cut_and_has_not_ended():
+    trainer = tiny_run(data=ANSWERS, **QUIET)
+    row = dict(prompt="Say it.", output="e " * 30)
+    rollout = trainer.sampler.given([row])
+    assert rollout.tokens.response_ids.shape[1] == 12 and not rollout.ended.any()
+
+
+@pytest.mark.parametrize("output", [None, 3])
+def test_a_row_without_an_output(output):
+    with pytest.raises(ValueError, match="critic_pretraining_steps"):
+        tiny_run(data=ANSWERS.remove_columns("output"), critic_pretraining_steps=1)
+    trainer = tiny_run(data=ANSWERS, **QUIET)
+    with pytest.raises(ValueError, match="needs an output; there is none for 'Say it.'"):
+        trainer.sampler.given([dict(prompt="Say it.", output=output)])
+
+
+def test_a_resumed_run_does_not_learn_it_again(tmp_path, caplog):
+    settings = QUIET | dict(critic_pretraining_steps=1, output_dir=str(tmp_path), save_strategy="steps", save_steps=1)
+    tiny_run(data=ANSWERS, **settings).train()
+    caplog.set_level("INFO")
+    tiny_run(data=ANSWERS, **settings | dict(max_steps=2)).train(resume_from_checkpoint=True)
+    assert not any("has learned" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("critic", ["shared", "adapter"])
+def test_rates(critic):
+    trainer = tiny_run("llama", critic=critic, critic_learning_rate=.5, weight_decay=.1, learning_rate=.1,
+                       max_steps=2, num_iterations=1, lr_scheduler_type="linear")
+    names = {p: name for name, p in trainer.policy.named_parameters()}
+    for group in trainer.optimizer.param_groups:
+        kinds = {of_critic(names[p]) for p in group["params"]}
+        assert kinds == {group["lr"] == .5}, "weights of the policy, or of the critic"
+    counted = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    assert counted == sum(p.requires_grad for p in trainer.policy.parameters())
+    trainer.train()
+    assert trainer.history("learning_rate") == [.1, .05]
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.}
+
+
+def test_a_schedule_of_the_users_has_no_rate_for_the_critic():
+    from rlhf_nb.trainer import PPOTrainer
+    model = tiny_run(**QUIET)
+    optimizer = torch.optim.SGD(model.policy.parameters(), lr=.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    model.args._in_use = False
+    model.args.critic_learning_rate = .2
+    with pytest.raises(ValueError, match="critic_learning_rate does not go with a schedule"):
+        PPOTrainer(model.model, model.reward_funcs, model.args, model.train_dataset,
+                   processing_class=model.processing_class, optimizers=(optimizer, schedule))
+
+
+def test_targets_of_the_critic(monkeypatch):
+    seen = []
+    for settings in (dict(), dict(critic_lam=1.), dict(critic_lam=.5)):
+        trainer = tiny_run(lam=.9, normalize_advantages=False, **settings, **QUIET)
+        torch.nn.init.normal_(trainer.policy.value_head.weight, generator=torch.Generator().manual_seed(0))
+        monkeypatch.setattr(trainer.learner, "update", lambda exp, *a, **k: seen.append(exp) or 1 / 0)
+        with pytest.raises(ZeroDivisionError): trainer.train()
+    same, to_go, short = seen
+    mask = same.mask.float()
+    assert_close(same.returns, (same.advantages + same.values) * mask)
+    assert_close(to_go.returns, to_go.to_go * mask)
+    for exp in seen: assert_close(exp.advantages, same.advantages), assert_close(exp.to_go, same.to_go)
+    rewards = same.to_go - torch.nn.functional.pad(same.to_go[:, 1:], (0, 1))
+    assert_close(short.returns, gae(rewards, same.values, mask, 1., .5)[1])
+    assert (short.returns - same.returns).abs().max() > .01
