@@ -110,6 +110,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tuned):
     assert status == 0 and "(stopped)" in screen
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_the_prompt_ends_with_130(tuned):
     screen, status = at_terminal(100, [b"\x03"], "chat", tuned, in_answer="> ")
     assert status == 130 and "Traceback" not in screen

@@ -238,7 +238,7 @@ def test_evaluation_alone_prints_and_writes_nothing(tiny, tmp_path, capsys):
     pytest.param(["train", "--do_train"], "--model_name_or_path is missing", marks=pytest.mark.slow),
     (["train", "--learningrate", "1"], "did you mean learning_rate?"),
     pytest.param(["train", "--config", "nowhere.yaml"], "nowhere.yaml", marks=pytest.mark.slow),
-    (["merge"], "--base_model_name_or_path is missing"),
+    pytest.param(["merge"], "--base_model_name_or_path is missing", marks=pytest.mark.slow),
 ])
 def test_bad_input_is_one_line_and_status_2(flags, text):
     out = rlhf_nb(*flags, status=2)

@@ -154,6 +154,8 @@ SMALL = {
     '"float16"': '"float32"',
     "max_steps=100": "max_steps=2",
     "save_steps=50": "save_steps=1",
+    "max_steps=40": "max_steps=2",
+    "save_steps=20": "save_steps=1",
     "max_target_length=256": "max_target_length=8",
     "Qwen/Qwen3-0.6B": "policy",
     'prompt_template="chat"': 'prompt_template="alpaca"',

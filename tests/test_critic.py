@@ -28,8 +28,9 @@ def of_critic(name):
     return not {"critic", "value_head"}.isdisjoint(name.split("."))
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "bloom"])
-@pytest.mark.parametrize("critic", ["shared", "detached", "adapter"])
+@pytest.mark.parametrize("arch, critic", [
+    ("llama", "shared"), ("qwen3", "detached"), ("gemma3", "adapter"), ("bloom", "adapter"),
+])
 def test_the_critic_learns_before_the_first_rollout(arch, critic, monkeypatch):
     trainer = tiny_run(arch, data=ANSWERS, critic=critic, critic_pretraining_steps=6, critic_learning_rate=.02,
                        learning_rate=1e-9, vf_coef=1., cliprange_value=None, use_score_scaling=True,
@@ -116,15 +117,10 @@ def test_rates(critic):
 
 
 def test_a_schedule_of_the_users_has_no_rate_for_the_critic():
-    from rlhf_nb.trainer import PPOTrainer
-    model = tiny_run(**QUIET)
-    optimizer = torch.optim.SGD(model.policy.parameters(), lr=.1)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    model.args._in_use = False
-    model.args.critic_learning_rate = .2
+    trainer = tiny_run(critic_learning_rate=.2, **QUIET)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer)
     with pytest.raises(ValueError, match="critic_learning_rate does not go with a schedule"):
-        PPOTrainer(model.model, model.reward_funcs, model.args, model.train_dataset,
-                   processing_class=model.processing_class, optimizers=(optimizer, schedule))
+        trainer.create_optimizer()
 
 
 def test_targets_of_the_critic(monkeypatch):
@@ -138,7 +134,9 @@ def test_targets_of_the_critic(monkeypatch):
     mask = same.mask.float()
     assert_close(same.returns, (same.advantages + same.values) * mask)
     assert_close(to_go.returns, to_go.to_go * mask)
-    for exp in seen: assert_close(exp.advantages, same.advantages), assert_close(exp.to_go, same.to_go)
+    for exp in seen:
+        assert_close(exp.advantages, same.advantages)
+        assert_close(exp.to_go, same.to_go)
     rewards = same.to_go - torch.nn.functional.pad(same.to_go[:, 1:], (0, 1))
     assert_close(short.returns, gae(rewards, same.values, mask, 1., .5)[1])
     assert (short.returns - same.returns).abs().max() > .01

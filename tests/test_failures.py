@@ -61,7 +61,7 @@ def resumes(run, out, straight):
     return found["status"] == [0, 0] and same(result(out), straight)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_is_killed(run, straight, tmp_path, rank):
     found = run(tmp_path, update=4, rank=rank, what="os.kill(os.getpid(), signal.SIGKILL)")
     said = message(found)
@@ -71,6 +71,7 @@ def test_a_process_is_killed(run, straight, tmp_path, rank):
     assert damage(tmp_path/"checkpoint-2") is None and resumes(run, tmp_path, straight)
 
 
+@pytest.mark.slow
 def test_a_process_with_its_shard_of_the_weights_is_killed(run, straight, tmp_path):
     found = run(tmp_path, update=4, what="os.kill(os.getpid(), signal.SIGKILL)", env=FSDP)
     assert found["status"][1] == -9 and f"{tmp_path}/checkpoint-2 is whole" in message(found)
@@ -79,7 +80,7 @@ def test_a_process_with_its_shard_of_the_weights_is_killed(run, straight, tmp_pa
     assert max((weights[k] - straight[1][k]).abs().max() for k in weights) < 1e-5
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_reward_function_fails_in_one_process(run, straight, tmp_path, rank):
     found = run(tmp_path, update=4, rank=rank, what="raise ConnectionError('it is down')")
     said = message(found)
@@ -115,6 +116,7 @@ m.ActorCritic.forward = full
 """
 
 
+@pytest.mark.slow
 def test_one_process_has_no_memory(run, tmp_path):
     found = run(tmp_path/"none", update=2, what=NO_MEMORY.format(when="True"))
     said = message(found)
@@ -144,7 +146,7 @@ def test_one_process_fails_at_the_end_of_the_start(run, tmp_path):
     assert message(run(tmp_path, code=LATE)) == "rlhf-nb train: it is broken"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_to_one_process_stops_all_after_the_update(run, straight, tmp_path, number):
     found = run(tmp_path, update=3, what=f"os.kill(os.getpid(), {int(number)})")
     assert found["status"] == [128 + number] * 2 and not found["errors"]

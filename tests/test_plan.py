@@ -217,7 +217,7 @@ def test_the_cache_is_that_of_the_config(named, tmp_path):
     )  # Keys and values, layers, heads, size, rows, tokens, bytes
 
 
-@pytest.mark.parametrize("device", [CPU, GPUS["T4"]])
+@pytest.mark.parametrize("device", [CPU, pytest.param(GPUS["T4"], marks=pytest.mark.slow)])
 def test_more_takes_more(named, device):
     def alive(**given):
         wanted = (
@@ -269,6 +269,7 @@ def test_the_originals_run_fits_a_t4(original, on_t4):
     assert held == pytest.approx(2 * 559_214_592 + 4 * on_t4.parameters["trained"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_8_bits_leave_the_output_layer(original):
     eight = plan(replace(original, load_in_8bit=True), its_settings(), GPUS["T4"])
     assert eight.phases["update"]["policy"] == pytest.approx(
@@ -285,6 +286,7 @@ def test_what_saves_memory(original, on_t4):
     assert peak(replace(original, use_peft=False)) > on_t4.peak + 12 * 559e6 # Reference, gradient and two states
 
 
+@pytest.mark.slow
 def test_the_floor_is_the_benchmarks(original):
     found = json.loads((ROOT/"bench"/"results.json").read_text())["560m"]
     rates = GPUS["A100"]._replace(read=found["machine"]["read"], half=found["machine"]["operations"])
@@ -329,6 +331,7 @@ def test_80_columns_are_enough(tiny, capsys, monkeypatch):
     assert "fits T4" in out and max(len(line.rstrip()) for line in out.splitlines()) <= 80
 
 
+@pytest.mark.slow
 def test_without_a_gpus_name_it_is_this_machine_and_three_gpus(named, capsys):
     Console(width=80, force_terminal=False).print(plan_text(named, settings()))
     out = capsys.readouterr().out

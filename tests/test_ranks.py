@@ -54,7 +54,11 @@ VARIATIONS = """--whiten_rewards --use_score_scaling --critic adapter --critic_w
 FULL = "--use_peft False --kl_in_loss --kl_estimator k3 --ptx_coef .1 --reward_processes 1"
 
 
-@pytest.mark.parametrize("more", ["", VARIATIONS, FULL], ids=["plain", "variations", "full, one scores"])
+@pytest.mark.parametrize("more", [
+    pytest.param("", id="plain", marks=pytest.mark.slow),
+    pytest.param(VARIATIONS, id="variations"),
+    pytest.param(FULL, id="full, one scores"),
+])
 def test_two_ranks_train_like_one(tiny, together, tmp_path, more):
     together(*flags(tiny, tmp_path/"two", 4, *more.split()))
     run(*flags(tiny, tmp_path/"one", 8, *more.split()))

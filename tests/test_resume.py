@@ -259,6 +259,7 @@ def test_out_of_memory_halfway_through_a_gradient(tmp_path, straight):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_out_of_memory_with_one_answer_is_the_end(tiny, tmp_path, monkeypatch, capsys):
     def full(*args, **kw): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate everything.")
     monkeypatch.setattr("rlhf_nb.models.ActorCritic.forward", full)

@@ -37,7 +37,7 @@ def check(trainer, updates: int):
     assert all(norm > 0 for norm in trainer.history("grad_norm"))
 
 
-@pytest.mark.parametrize("name", CRITICS)
+@pytest.mark.parametrize("name", [pytest.param(c, marks=() if c == "adapter" else pytest.mark.slow) for c in CRITICS])
 def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, name):
     given = CRITICS[name]
 

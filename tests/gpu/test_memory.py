@@ -103,7 +103,7 @@ def save_larger(shape: str, folder, tiny):
     tok.save_pretrained(folder)
 
 
-QUICK = ("bloom", "LoRA"), ("llama", "checkpointing")
+QUICK = [("llama", "checkpointing")]
 
 
 @pytest.mark.parametrize("shape, name", [
