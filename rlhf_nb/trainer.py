@@ -346,7 +346,7 @@ class PPOTrainer(Trainer):
         return fresh
 
     def pretrain_critic(self, signals: StopSignals):
-        "Updates of the critic alone, from the data set's own completions and their rewards (VC-PPO, section 3.1)."
+        "Updates of the critic alone, from the data set's own completions and their rewards (Yuan et al. 2025)."
         args, explained = self.args, 0.
         order = PromptOrder(self.train_dataset, args.seed, args.shuffle_dataset)
         groups = self.optimizer.param_groups

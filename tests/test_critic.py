@@ -95,8 +95,10 @@ def test_a_row_without_an_output(output):
 
 def test_a_resumed_run_does_not_learn_it_again(tmp_path, caplog):
     settings = QUIET | dict(critic_pretraining_steps=1, output_dir=str(tmp_path), save_strategy="steps", save_steps=1)
-    tiny_run(data=ANSWERS, **settings).train()
     caplog.set_level("INFO")
+    tiny_run(data=ANSWERS, **settings).train()
+    assert any("has learned" in line for line in caplog.messages)
+    caplog.clear()
     tiny_run(data=ANSWERS, **settings | dict(max_steps=2)).train(resume_from_checkpoint=True)
     assert not any("has learned" in line for line in caplog.messages)
 

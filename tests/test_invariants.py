@@ -255,10 +255,15 @@ def test_09_micro_batches_add_up(tmp_path, lengths, size, seed, arch):
         arch, tmp_path, True, gradient_accumulation_steps=1, per_device_train_batch_size=1, steps_per_generation=5
     )
     tokens, args, learner = batch_of(lengths, seed, len(trainer.processing_class)), trainer.args, trainer.learner
-    more = ragged(lengths[::-1], seed - seed % 3, 4, torch.float32)
+    more = ragged(lengths[::-1], seed - seed % 3, 5, torch.float32)
     with torch.no_grad(): now = trainer.policy(tokens, trainer.sampler.sampling).logprobs
     exp = Experience(
-        tokens, tokens.response_mask, now + 0.1 * more[0], torch.zeros_like(now), *more[1:4], torch.ones_like(now)
+        tokens,
+        tokens.response_mask,
+        now + 0.1 * more[0],
+        torch.zeros_like(now),
+        *more[1:5],
+        weights=torch.ones_like(now),
     )
     loss = partial(ppo_loss, trainer.policy, args=args, sampling=trainer.sampler.sampling)
     grads = []
