@@ -51,7 +51,7 @@ def identical(one, two):
 
 VARIATIONS = """--whiten_rewards --use_score_scaling --critic adapter --critic_warmup_steps 1 --ent_coef .01
     --gradient_checkpointing --stop_strings e"""
-FULL = "--use_peft False --kl_in_loss --kl_estimator k3 --ptx_coef .1 --reward_processes 1"
+FULL = "--use_peft False --kl_in_loss --kl_estimator k3 --ptx_coef .1 --reward_processes 1 --critic_pretraining_steps 2"
 
 
 @pytest.mark.parametrize("more", [
