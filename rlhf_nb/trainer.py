@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -347,7 +348,7 @@ class PPOTrainer(Trainer):
 
     def pretrain_critic(self, signals: StopSignals):
         "Updates of the critic alone, from the data set's own completions and their rewards (Yuan et al. 2025)."
-        args, explained = self.args, 0.
+        args, explained = self.args, []
         order = PromptOrder(self.train_dataset, args.seed, args.shuffle_dataset)
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
@@ -359,13 +360,16 @@ class PPOTrainer(Trainer):
             for group in groups: # Their peak, whatever the schedule's first rate is
                 group["lr"] = group.get("initial_lr", group["lr"]) * (1 - step / args.critic_pretraining_steps)
             self.learner.update(exp, self.sampler.sampling, critic_only=True)
-            explained += .1 * (explained_variance(exp.values, exp.to_go, exp.mask).item() - explained)
+            explained.append(explained_variance(exp.values, exp.to_go, exp.mask).item())
             if self.strategy.any(signals.seen): break
         for group, rate in zip(groups, rates): group["lr"] = rate
         self.policy.critic = args.critic
-        if args.critic_pretraining_steps:
-            logger.info("The critic has learned from %d completions of the data set; explained variance %.2f",
-                        (step + 1) * args.generation_batch_size, explained)
+        if explained:
+            logger.info(
+                "The critic has learned from %d completions of the data set; explained variance at the end %.2f",
+                len(explained) * args.generation_batch_size,
+                fmean(explained[-10:]),
+            )
 
     def share(self, rows: list[dict]) -> list[dict]: # Of all processes
         "This process's rows."
