@@ -351,7 +351,6 @@ class PPOTrainer(Trainer):
         args, explained = self.args, []
         order = PromptOrder(self.train_dataset, args.seed, args.shuffle_dataset)
         groups = self.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
         if args.critic == "shared": self.policy.critic = "detached"
         for step in range(args.critic_pretraining_steps):
             rollout = self.sampler.given(self.share(order.take(args.generation_batch_size)))
@@ -362,7 +361,7 @@ class PPOTrainer(Trainer):
             self.learner.update(exp, self.sampler.sampling, critic_only=True)
             explained.append(explained_variance(exp.values, exp.to_go, exp.mask).item())
             if self.strategy.any(signals.seen): break
-        for group, rate in zip(groups, rates): group["lr"] = rate
+        for group, rate in zip(groups, self.lr_scheduler.get_last_lr()): group["lr"] = rate
         self.policy.critic = args.critic
         if explained:
             logger.info(

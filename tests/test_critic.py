@@ -64,12 +64,9 @@ def test_the_run_is_dealt_the_same_prompts():
     assert dealt[0] == dealt[1]
 
 
-def test_messages(caplog):
-    caplog.set_level("INFO")
-    template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+def test_messages():
     trainer = tiny_run(data=ANSWERS, critic_pretraining_steps=1, **QUIET)
-    trainer.processing_class.chat_template = template
-    trainer.train_dataset = TALK
+    trainer.processing_class.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     rollout = trainer.sampler.given([*TALK.select([0, 39])])
     assert rollout.completions == ["e", "eee e eee"] and rollout.ended.all() and not rollout.sampling_logprobs.any()
     assert_close(rollout.logprobs, rollout.ref_logprobs)
