@@ -355,10 +355,12 @@ class PPOTrainer(Trainer):
         for step in range(args.critic_pretraining_steps):
             rollout = self.sampler.given(self.share(order.take(args.generation_batch_size)))
             everything = gather_all(self.strategy, rollout, self.score(rollout))
+            if problem := not_finite(*everything): raise RunError(f"critic_pretraining_steps: {problem} not finite")
             exp, _ = make_experience(*everything, args, self.kl_controller.value, self.moments)
             for group in groups: # Their peak, whatever the schedule's first rate is
                 group["lr"] = group.get("initial_lr", group["lr"]) * (1 - step / args.critic_pretraining_steps)
-            self.learner.update(exp, self.sampler.sampling, critic_only=True)
+            update = self.learner.update(exp, self.sampler.sampling, critic_only=True)
+            if update.problem: raise RunError(f"critic_pretraining_steps: {update.problem} not finite")
             explained.append(explained_variance(exp.values, exp.to_go, exp.mask).item())
             if self.strategy.any(signals.seen): break
         for group, rate in zip(groups, self.lr_scheduler.get_last_lr()): group["lr"] = rate

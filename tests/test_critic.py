@@ -4,6 +4,7 @@ import torch
 from datasets import Dataset
 from torch.testing import assert_close
 
+from rlhf_nb.errors import RunError
 from rlhf_nb.ppo import gae
 from rlhf_nb.testing import tiny_run
 
@@ -88,6 +89,19 @@ def test_a_row_without_an_output(output):
     trainer = tiny_run(data=ANSWERS, **QUIET)
     with pytest.raises(ValueError, match="needs an output; there is none for 'Say it.'"):
         trainer.sampler.given([dict(prompt="Say it.", output=output)])
+
+
+def infinite(prompts, completions, **columns): return [float("inf")] + [0.] * (len(prompts) - 1)
+
+
+@pytest.mark.parametrize("broken, problem", [(dict(reward_funcs=infinite), "scores are"), (dict(), "the loss is")])
+def test_numbers_that_are_not_finite_end_the_run(broken, problem):
+    trainer = tiny_run(data=ANSWERS, critic_pretraining_steps=1, use_score_scaling=True, **broken, **QUIET)
+    def overflow(head, args, out): return out / 0 if out.requires_grad else out
+
+    if not broken: trainer.policy.value_head.register_forward_hook(overflow)
+    with pytest.raises(RunError, match=f"critic_pretraining_steps: {problem} not finite"): trainer.train()
+    assert trainer.moments.n == (0 if broken else 32)
 
 
 def test_a_resumed_run_does_not_learn_it_again(tmp_path, caplog):
