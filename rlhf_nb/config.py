@@ -158,7 +158,10 @@ class PPOConfig(TrainingArguments):
         None, "Peak learning rate of the value head and the critic's adapter; default: learning_rate"
     )
     critic_pretraining_steps: Whole = setting(
-        0, "Updates of the critic before the first rollout, from completions in the data set (column output)"
+        0, "Optimizer steps of the critic before the first rollout, from completions in the data set (column output)"
+    )
+    critic_pretraining_learning_rate: Positive | None = setting(
+        None, "Peak learning rate of these steps; default: critic_learning_rate"
     )
 
     # Prompts
@@ -414,6 +417,10 @@ def check_together(args: PPOConfig):
             f"vllm_server_base_url={args.vllm_server_base_url}: must begin with http:// or https://",
         ),
         (args.use_score_norm and not args.use_score_scaling, "use_score_norm needs use_score_scaling"),
+        (
+            args.critic_pretraining_learning_rate and not args.critic_pretraining_steps,
+            "critic_pretraining_learning_rate needs critic_pretraining_steps",
+        ),
         (
             args.reward_clip_range
             and (len(args.reward_clip_range) != 2 or not args.reward_clip_range[0] < args.reward_clip_range[1]),

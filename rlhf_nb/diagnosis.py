@@ -136,9 +136,10 @@ def hardly_moves(run: Diagnosis) -> dict | None:
     if steps > 1 and learned and most < 1e-7 and run.now("policy/clipfrac_avg", 10) == 0: return dict(most=most)
 
 def blind_critic(run: Diagnosis) -> dict | None:
-    "Values predict nothing, or do harm."
-    explained, limit = run.now("val/explained_variance", 10), -1. if run.settings["lam"] == 1 else .05
-    if len(run.logged["reward"]) >= 20 and explained < limit: return dict(explained=explained)
+    "Values predict nothing, or do harm, when a third of the run is over."
+    explained, step = run.now("val/explained_variance", 10), max(run.last("step"), default=0)
+    late = len(run.logged["reward"]) >= 20 and step >= run.settings["max_steps"] / 3
+    if late and explained < .01: return dict(explained=explained)
 
 # %% ../nbs/08_diagnosis.ipynb #597e1f95
 RULES = table("diagnosis")

@@ -236,13 +236,14 @@ class Learner:
         kl_coef: float = 0.0,  # With kl_in_loss: weight of the KL
         critic_only: bool = False,  # Does only the critic learn?
         answers: tuple[Tensor, Tensor] | None = None,  # PPO-ptx: ids and mask of the data set's answers, (B, T) each
+        once: bool = False,  # One optimizer step over all rows instead
     ) -> Update:
         "Several epochs over the experience, each in a fresh order."
         done, stats, problem, self.ratios = [], {}, None, []
         loss = partial(ppo_loss, self.policy, args=self.args, sampling=sampling, kl_coef=kl_coef,
                        critic_only=critic_only, aux_coef=self.aux_coef)
         self.strategy.zero_grad()
-        for rows in self.minibatches(len(exp.values)):
+        for rows in self.minibatches(len(exp.values), once):
             with recomputed(self.policy, self.args.recomputes), self.strategy.passes():
                 stats = self.accumulate(exp, rows, loss, None if critic_only else answers) | dict(grad_norm=0.)
                 too_far = self.args.early_stopping and stats["policy/approxkl_avg"] > 1.5 * self.args.target_kl
@@ -259,11 +260,11 @@ class Learner:
         found = means(done or [stats]) | {"policy/optimizer_steps": len(done)}
         return Update(found, ratios[~ratios.isnan()], problem)
 
-    def minibatches(self, n: int) -> Iterator[Tensor]: # Rows of all processes; indices
+    def minibatches(self, n: int, once: bool = False) -> Iterator[Tensor]: # Rows of all processes; indices
         "This process's rows of every optimizer step, epoch after epoch."
         args, world, rank = self.args, self.args.world_size, self.args.process_index
-        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
-        for _ in range(args.num_iterations):
+        size = n if once else args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+        for _ in range(1 if once else args.num_iterations):
             order = torch.randperm(n, generator=self.generator).to(args.device)
             for group in order.split(size):
                 share = len(group) // world

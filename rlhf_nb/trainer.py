@@ -358,8 +358,9 @@ class PPOTrainer(Trainer):
             if problem := not_finite(*everything): raise RunError(f"critic_pretraining_steps: {problem} not finite")
             exp, _ = make_experience(*everything, args, self.kl_controller.value, self.moments)
             for group in groups: # Their peak, whatever the schedule's first rate is
-                group["lr"] = group.get("initial_lr", group["lr"]) * (1 - step / args.critic_pretraining_steps)
-            update = self.learner.update(exp, self.sampler.sampling, critic_only=True)
+                peak = args.critic_pretraining_learning_rate or group.get("initial_lr", group["lr"])
+                group["lr"] = peak * (1 - step / args.critic_pretraining_steps)
+            update = self.learner.update(exp, self.sampler.sampling, critic_only=True, once=True)
             if update.problem: raise RunError(f"critic_pretraining_steps: {update.problem} not finite")
             explained.append(explained_variance(exp.values, exp.to_go, exp.mask).item())
             if self.strategy.any(signals.seen): break

@@ -48,11 +48,11 @@ def test_the_critic_learns_before_the_first_rollout(arch, critic, monkeypatch):
 def test_what_it_learns_is_the_reward(caplog):
     caplog.set_level("INFO")
     settings = dict(critic="adapter", critic_learning_rate=.01, vf_coef=1., cliprange_value=None,
-                    use_score_scaling=True, use_score_norm=True, **QUIET | dict(num_iterations=4))
-    trainer = tiny_run("llama", data=ANSWERS, critic_pretraining_steps=20, **settings)
+                    use_score_scaling=True, use_score_norm=True, **QUIET)
+    trainer = tiny_run("llama", data=ANSWERS, critic_pretraining_steps=60, **settings)
     trainer.train()
     text = next(line for line in caplog.messages if "has learned" in line)
-    assert "640 completions" in text and float(text.split()[-1]) > .5
+    assert "1920 completions" in text and float(text.split()[-1]) > .5
 
 
 def test_the_run_is_dealt_the_same_prompts():
@@ -153,3 +153,35 @@ def test_targets_of_the_critic(monkeypatch):
     rewards = same.to_go - torch.nn.functional.pad(same.to_go[:, 1:], (0, 1))
     assert_close(short.returns, gae(rewards, same.values, mask, 1., .5)[1])
     assert (short.returns - same.returns).abs().max() > .01
+
+
+def test_a_rate_of_its_own_for_the_pretraining(monkeypatch):
+    trainer = tiny_run(data=ANSWERS, critic_learning_rate=.1, critic_pretraining_steps=2,
+                       critic_pretraining_learning_rate=.4, learning_rate=1e-3, **QUIET)
+    rates, step = [], trainer.strategy.step
+    def spy(max_norm):
+        rates.append(trainer.optimizer.param_groups[-1]["lr"])
+        return step(max_norm)
+
+    monkeypatch.setattr(trainer.strategy, "step", spy)
+    trainer.train()
+    assert rates[:3] == [.4, .2, .1], "falling, then that of the run"
+
+
+def test_one_optimizer_step_takes_the_whole_batch(monkeypatch):
+    trainer = tiny_run(data=ANSWERS, critic_pretraining_steps=3, per_device_train_batch_size=2, num_iterations=2,
+                       max_steps=1)
+    steps, update = [], trainer.learner.update
+    def spy(exp, *args, **settings):
+        found = update(exp, *args, **settings)
+        steps.append((len(exp.values), found.stats["policy/optimizer_steps"], settings.get("once", False)))
+        return found
+
+    monkeypatch.setattr(trainer.learner, "update", spy)
+    trainer.train()
+    assert steps[:3] == [(trainer.args.generation_batch_size, 1, True)] * 3 and steps[3][1:] != (1, True)
+
+
+def test_a_rate_without_steps():
+    with pytest.raises(ValueError, match="critic_pretraining_learning_rate needs critic_pretraining_steps"):
+        tiny_run(data=ANSWERS, critic_pretraining_learning_rate=.1)

@@ -1,0 +1,186 @@
+"""Does the critic pay? PPO beside RLOO and GRPO in two worlds, and one idea at a time: critic.py FOLDER OUT.json
+
+A run that FOLDER already has is not made again, so several processes can share the work."""
+import json
+from argparse import ArgumentParser
+from itertools import accumulate
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+from datasets import Dataset
+from learning import PHASES, course, peer, ppo, unseen
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from rlhf_nb.config import PPOConfig
+from rlhf_nb.ppo import explained_variance
+from rlhf_nb.sorting import RECIPE, sorted_right, sorting_policy, sorting_rows, true_values
+from rlhf_nb.trainer import PPOTrainer
+
+SEEDS = range(20, 25) # Settings were chosen with seeds 10 and 11
+CLINIC_CRITIC = dict(
+    batch_size=32, per_device_train_batch_size=32, max_steps=200, critic="adapter", lam=.95, critic_lam=1., vf_coef=1.,
+    cliprange_value=None, use_score_scaling=True, use_score_norm=True, beta=.02,
+)
+
+
+KNOWN: dict[tuple, tuple] = {} # Critics, by what their pretraining depends on
+
+
+class Pretrained(PPOTrainer):
+    "Learns the critic once for all runs of this process that would learn the same one."
+
+    def pretrain_critic(self, signals):
+        args = self.args
+        key = (args.seed, args.critic, args.critic_pretraining_steps, args.use_score_scaling, args.vf_coef,
+               args.cliprange_value)
+        if args.critic_pretraining_steps and key in KNOWN:
+            weights, moments = KNOWN[key]
+            for p, known in zip(self.policy.critic_parameters(), weights): p.data.copy_(known)
+            vars(self.moments).update(moments)
+            return
+        super().pretrain_critic(signals)
+        KNOWN[key] = [p.detach().clone() for p in self.policy.critic_parameters()], dict(vars(self.moments))
+
+
+class Oracle(PPOTrainer):
+    "The true values in place of the critic's: no critic can know more."
+
+    def step(self, rollout, scores):
+        return super().step(rollout._replace(values=true_values(self, rollout)), scores)
+
+
+class Gate(Pretrained):
+    "The batch mean as baseline where the critic explains less than nothing (EVPO)."
+
+    def step(self, rollout, scores):
+        mask = rollout.tokens.response_mask
+        to_go = scores.total[:, None].to(rollout.values) * mask
+        if explained_variance(rollout.values, to_go, mask) < 0:
+            rollout = rollout._replace(values=scores.total.mean() * mask)
+        return super().step(rollout, scores)
+
+
+class GroupMean(Pretrained):
+    "A prompt's value is the mean of its other completions; the critic says how it changes (after AsyPPO)."
+
+    def step(self, rollout, scores):
+        n, groups = self.args.num_generations, scores.total.view(-1, self.args.num_generations)
+        others = ((groups.sum(1, keepdim=True) - groups) / (n - 1)).view(-1, 1)
+        values = (rollout.values - rollout.values[:, :1] + others) * rollout.tokens.response_mask
+        return super().step(rollout._replace(values=values), scores)
+
+
+# One idea at a time, in place of the recommended settings
+IDEAS = {
+    "no pretraining": dict(critic_pretraining_steps=0),
+    "critic_lam = lam": dict(critic_lam=None),
+    "lam = 1": dict(lam=1.),
+    "lam = 0.8": dict(lam=.8),
+    "linear critic (detached)": dict(critic="detached"),
+    "shared critic": dict(critic="shared"),
+    "the policy's rate for the critic": dict(critic_learning_rate=None),
+    "vf_coef = 0.1": dict(vf_coef=.1),
+    "value clip 0.2": dict(cliprange_value=.2),
+    "scores scaled": dict(use_score_scaling=True, use_score_norm=True),
+    "one pass": dict(num_iterations=1),
+    "four passes": dict(num_iterations=4),
+    "epsilon_high = 0.28": dict(epsilon_high=.28),
+    "advantages not whitened": dict(normalize_advantages=False),
+    "explained-variance gate, no pretraining": dict(trainer=Gate, critic_pretraining_steps=0),
+    "8 completions, group mean": dict(trainer=GroupMean, num_generations=8),
+}
+
+
+def sorting(
+    seed: int,
+    trainer: type = Pretrained, # Ours, RLOOTrainer or GRPOTrainer
+    updates: int = 60,          # Of 64 completions
+    **settings,                 # In place of the recommended ones
+) -> dict:
+    "A run in the sorting world."
+    mine = issubclass(trainer, PPOTrainer)
+    config = PPOConfig if mine else {RLOOTrainer: RLOOConfig, GRPOTrainer: GRPOConfig}[trainer]
+    rows = sorting_rows(4000, seed=1)
+    same = dict(output_dir=mkdtemp(), max_steps=updates, per_device_train_batch_size=64, max_completion_length=14,
+                temperature=1., beta=0., lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
+                report_to=[], disable_tqdm=True, use_cpu=True, bf16=False, seed=seed)
+    made = trainer(
+        AutoModelForCausalLM.from_pretrained(sorting_policy()),
+        sorted_right,
+        config(**same | (RECIPE if mine else dict(num_generations=8)) | settings),
+        Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(sorting_policy()),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    made.remove_callback(PrinterCallback)
+    made.train()
+    log = [entry for entry in made.state.log_history if "reward" in entry]
+    seconds = [sum(entry[phase] for phase in PHASES) if mine else entry["step_time"] for entry in log]
+    return dict(rollouts=[64 * entry["step"] for entry in log], true_reward=[entry["reward"] for entry in log],
+                seconds=[*accumulate(seconds)], explained=[entry.get("val/explained_variance") for entry in log])
+
+
+def clinic(seed: int, name: str | None = None, **settings) -> dict:
+    "A run in the clinic: of the peer `name`, or ours."
+    if name:
+        found, after = peer(name, mkdtemp(), seed, **settings)
+        return found | dict(unseen=after)
+    trainer = ppo(mkdtemp(), seed=seed, **settings)
+    trainer.train()
+    return course(trainer) | dict(explained=trainer.history("val/explained_variance"), unseen=unseen(trainer)[-1])
+
+
+PEERS = {"RLOO": (RLOOTrainer, 2e-3), "GRPO": (GRPOTrainer, 2e-3)} # The best of `RATES`, by "rates"
+RATES = 5e-4, 1e-3, 2e-3, 4e-3
+RUNS = {
+    "sorting": {
+        "PPO": (sorting, {}),
+        "PPO, no pretraining": (sorting, IDEAS["no pretraining"]),
+        "PPO, oracle": (sorting, dict(trainer=Oracle, critic_pretraining_steps=0)),
+    } | {name: (sorting, dict(trainer=kind, learning_rate=rate)) for name, (kind, rate) in PEERS.items()},
+    "rates": {f"{name} {rate:g}": (sorting, dict(trainer=kind, learning_rate=rate))
+              for rate in RATES for name, (kind, _) in PEERS.items()},
+    "ideas": {name: (sorting, dict(updates=30) | idea) for name, idea in IDEAS.items()},
+    "clinic": {"PPO": (clinic, CLINIC_CRITIC), "demo": (clinic, {})} | {
+        name: (clinic, dict(name=name, beta=.02)) for name in PEERS},
+}
+
+
+def gather(folder: Path) -> dict:
+    "Every run that is there, by world, name and seed."
+    found: dict = {}
+    for file in sorted(folder.glob("*.json")):
+        run = json.loads(file.read_text())
+        found.setdefault(run.pop("world"), {}).setdefault(run.pop("name"), {})[run.pop("seed")] = run
+    return found
+
+
+def main():
+    "What is missing, and everything in one file."
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--worlds", nargs="+", default=[*RUNS], choices=RUNS)
+    parser.add_argument("--seeds", nargs="+", type=int)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    for world in args.worlds:
+        for seed in args.seeds or ((10, 11) if world == "rates" else SEEDS):
+            for name, (run, settings) in RUNS[world].items():
+                file = args.folder/f"{world}-{name.replace('/', ' ')}-{seed}.json"
+                try: file.open("x").close()
+                except FileExistsError: continue
+                try: found = run(seed, **settings)
+                except BaseException:
+                    file.unlink()
+                    raise
+                file.write_text(json.dumps(dict(world=world, name=name, seed=seed) | found))
+                print(world, name, seed, f"{sum(found['true_reward'][-10:]) / 10:.3f}", flush=True)
+    args.out.write_text(json.dumps(gather(args.folder)))
+
+
+if __name__ == "__main__": main()
