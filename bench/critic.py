@@ -37,12 +37,14 @@ class Pretrained(PPOTrainer):
         key = (args.seed, args.critic, args.critic_pretraining_steps, args.use_score_scaling, args.vf_coef,
                args.cliprange_value)
         if args.critic_pretraining_steps and key in KNOWN:
-            weights, moments = KNOWN[key]
+            weights, moments, random = KNOWN[key]
             for p, known in zip(self.policy.critic_parameters(), weights): p.data.copy_(known)
             vars(self.moments).update(moments)
+            self.sampler.generator.set_state(random)
             return
         super().pretrain_critic(signals)
-        KNOWN[key] = [p.detach().clone() for p in self.policy.critic_parameters()], dict(vars(self.moments))
+        weights = [p.detach().clone() for p in self.policy.critic_parameters()]
+        KNOWN[key] = weights, dict(vars(self.moments)), self.sampler.generator.get_state()
 
 
 class Oracle(PPOTrainer):
@@ -73,9 +75,10 @@ class GroupMean(Pretrained):
         return super().step(rollout._replace(values=values), scores)
 
 
+UNTAUGHT = dict(critic_pretraining_steps=0, critic_pretraining_learning_rate=None)
 # One idea at a time, in place of the recommended settings
 IDEAS = {
-    "no pretraining": dict(critic_pretraining_steps=0),
+    "no pretraining": UNTAUGHT,
     "critic_lam = lam": dict(critic_lam=None),
     "lam = 1": dict(lam=1.),
     "lam = 0.8": dict(lam=.8),
@@ -89,9 +92,14 @@ IDEAS = {
     "four passes": dict(num_iterations=4),
     "epsilon_high = 0.28": dict(epsilon_high=.28),
     "advantages not whitened": dict(normalize_advantages=False),
-    "explained-variance gate, no pretraining": dict(trainer=Gate, critic_pretraining_steps=0),
+    "explained-variance gate, no pretraining": dict(trainer=Gate) | UNTAUGHT,
     "8 completions, group mean": dict(trainer=GroupMean, num_generations=8),
 }
+
+
+def whole(trainer):
+    "A run that a signal has ended is none."
+    if getattr(trainer, "stopped_by", 0): raise KeyboardInterrupt
 
 
 def sorting(
@@ -117,6 +125,7 @@ def sorting(
     )
     made.remove_callback(PrinterCallback)
     made.train()
+    whole(made)
     log = [entry for entry in made.state.log_history if "reward" in entry]
     seconds = [sum(entry[phase] for phase in PHASES) if mine else entry["step_time"] for entry in log]
     return dict(rollouts=[64 * entry["step"] for entry in log], true_reward=[entry["reward"] for entry in log],
@@ -130,6 +139,7 @@ def clinic(seed: int, name: str | None = None, **settings) -> dict:
         return found | dict(unseen=after)
     trainer = ppo(mkdtemp(), seed=seed, **settings)
     trainer.train()
+    whole(trainer)
     return course(trainer) | dict(explained=trainer.history("val/explained_variance"), unseen=unseen(trainer)[-1])
 
 
@@ -138,23 +148,26 @@ RATES = 5e-4, 1e-3, 2e-3, 4e-3
 RUNS = {
     "sorting": {
         "PPO": (sorting, {}),
-        "PPO, no pretraining": (sorting, IDEAS["no pretraining"]),
-        "PPO, oracle": (sorting, dict(trainer=Oracle, critic_pretraining_steps=0)),
+        "PPO, no pretraining": (sorting, UNTAUGHT),
+        "PPO, oracle": (sorting, dict(trainer=Oracle) | UNTAUGHT),
     } | {name: (sorting, dict(trainer=kind, learning_rate=rate)) for name, (kind, rate) in PEERS.items()},
     "rates": {f"{name} {rate:g}": (sorting, dict(trainer=kind, learning_rate=rate))
               for rate in RATES for name, (kind, _) in PEERS.items()},
-    "ideas": {name: (sorting, dict(updates=30) | idea) for name, idea in IDEAS.items()},
+    "ideas": {name: (sorting, dict(updates=20) | idea) for name, idea in IDEAS.items()},
     "clinic": {"PPO": (clinic, CLINIC_CRITIC), "demo": (clinic, {})} | {
         name: (clinic, dict(name=name, beta=.02)) for name in PEERS},
 }
 
 
 def gather(folder: Path) -> dict:
-    "Every run that is there, by world, name and seed."
+    "Every run that is there, by world, name and seed; an entry per update, of `batch` completions."
     found: dict = {}
     for file in sorted(folder.glob("*.json")):
+        if not file.stat().st_size: continue # Another process is at it
         run = json.loads(file.read_text())
-        found.setdefault(run.pop("world"), {}).setdefault(run.pop("name"), {})[run.pop("seed")] = run
+        short = {key: [round(x, 3) for x in run[key]] for key in ("true_reward", "explained") if any(run.get(key, []))}
+        short |= dict(batch=int(run["rollouts"][0]), seconds=round(run["seconds"][-1]), unseen=run.get("unseen"))
+        found.setdefault(run["world"], {}).setdefault(run["name"], {})[run["seed"]] = short
     return found
 
 

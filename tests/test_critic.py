@@ -1,12 +1,19 @@
 "What only the critic has: its learning rate, its targets, and what it learns before the first rollout."
+import json
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 from datasets import Dataset
 from torch.testing import assert_close
 
 from rlhf_nb.errors import RunError
 from rlhf_nb.ppo import gae
 from rlhf_nb.testing import tiny_run
+
+sys.path.insert(0, str(ROOT/"bench"))
+import critic  # noqa: E402
 
 QUIET = dict(max_steps=1, num_iterations=1, adap_kl_ctrl=False)
 # The number of letters e in the output is its reward, so a critic can know it from the prompt
@@ -185,3 +192,32 @@ def test_one_optimizer_step_takes_the_whole_batch(monkeypatch):
 def test_a_rate_without_steps():
     with pytest.raises(ValueError, match="critic_pretraining_learning_rate needs critic_pretraining_steps"):
         tiny_run(data=ANSWERS, critic_pretraining_learning_rate=.1)
+
+
+@pytest.mark.parametrize("trainer, settings", [
+    (critic.Oracle, {}), (critic.Gate, {}), (critic.GroupMean, dict(num_generations=8)),
+])
+def test_the_benchmark_of_critics_is_ready(trainer, settings):
+    run = critic.sorting(0, trainer, updates=2, **critic.UNTAUGHT | settings)
+    assert run["rollouts"] == [64, 128] and len(run["explained"]) == 2 and .05 < run["true_reward"][0] < .6
+    assert (run["explained"][0] > .3) == (trainer is critic.Oracle)
+
+
+def test_the_benchmark_learns_a_critic_once():
+    first, second = (critic.sorting(0, updates=1, critic_pretraining_steps=1) for _ in range(2))
+    assert first["true_reward"] == second["true_reward"] and len(critic.KNOWN) == 1
+
+
+def test_the_benchmark_gathers(tmp_path):
+    run = dict(world="clinic", name="PPO", seed=3, rollouts=[32, 64], true_reward=[.12345, 1], seconds=[1., 2.4],
+               explained=[None, None], unseen=.9)
+    (tmp_path/"a.json").write_text(json.dumps(run))
+    (tmp_path/"b.json").touch()
+    kept = dict(true_reward=[.123, 1], batch=32, seconds=2, unseen=.9)
+    assert critic.gather(tmp_path) == dict(clinic=dict(PPO={3: kept}))
+
+
+@pytest.mark.slow
+def test_a_pretrained_critic_knows_from_the_first_update_on():
+    run = critic.sorting(20, updates=8)
+    assert sum(run["explained"]) / 8 > .25 and run["true_reward"][-1] > run["true_reward"][0] + .15
