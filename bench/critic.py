@@ -36,7 +36,7 @@ class Pretrained(PPOTrainer):
         args = self.args
         key = (args.seed, args.critic, args.critic_pretraining_steps, args.use_score_scaling, args.vf_coef,
                args.cliprange_value)
-        if args.critic_pretraining_steps and key in KNOWN:
+        if key in KNOWN:
             weights, moments, random = KNOWN[key]
             for p, known in zip(self.policy.critic_parameters(), weights): p.data.copy_(known)
             vars(self.moments).update(moments)

@@ -139,7 +139,8 @@ def blind_critic(run: Diagnosis) -> dict | None:
     "Values predict nothing, or do harm, when a third of the run is over."
     explained, step = run.now("val/explained_variance", 10), max(run.last("step"), default=0)
     late = len(run.logged["reward"]) >= 20 and step >= run.settings["max_steps"] / 3
-    if late and explained < .01: return dict(explained=explained)
+    limit = -.6 if run.settings["lam"] == 1 else .01 # With lam=1 values are a baseline, and add noise, but no bias
+    if late and explained < limit: return dict(explained=explained)
 
 # %% ../nbs/08_diagnosis.ipynb #597e1f95
 RULES = table("diagnosis")

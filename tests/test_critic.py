@@ -8,6 +8,8 @@ from conftest import ROOT
 from datasets import Dataset
 from torch.testing import assert_close
 
+from rlhf_nb.config import PPOConfig
+from rlhf_nb.diagnosis import diagnose
 from rlhf_nb.errors import RunError
 from rlhf_nb.ppo import gae
 from rlhf_nb.testing import tiny_run
@@ -203,7 +205,8 @@ def test_the_benchmark_of_critics_is_ready(trainer, settings):
     assert (run["explained"][0] > .3) == (trainer is critic.Oracle)
 
 
-def test_the_benchmark_learns_a_critic_once():
+def test_the_benchmark_learns_a_critic_once(monkeypatch):
+    monkeypatch.setattr(critic, "KNOWN", {})
     first, second = (critic.sorting(0, updates=1, critic_pretraining_steps=1) for _ in range(2))
     assert first["true_reward"] == second["true_reward"] and len(critic.KNOWN) == 1
 
@@ -221,3 +224,13 @@ def test_the_benchmark_gathers(tmp_path):
 def test_a_pretrained_critic_knows_from_the_first_update_on():
     run = critic.sorting(20, updates=8)
     assert sum(run["explained"]) / 8 > .25 and run["true_reward"][-1] > run["true_reward"][0] + .15
+
+
+@pytest.mark.parametrize("lam, explained, said", [
+    (1., -.8, True), (1., -.3, False), (.95, -.1, True), (.95, .1, False),
+])
+def test_the_diagnosis_names_a_critic_that_explains_nothing(lam, explained, said, tmp_path):
+    settings = PPOConfig(str(tmp_path), lam=lam, max_steps=60, use_cpu=True, bf16=False).to_dict()
+    history = [{"step": i, "reward": i % 3, "val/explained_variance": explained} for i in range(1, 31)]
+    assert ("blind critic" in {f.name for f in diagnose(history, settings)}) == said
+    assert not diagnose(history[:19], settings), "too early to say"
