@@ -3,7 +3,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PEER = runs/peer
 
-.PHONY: demo test test-slow test-lab test-gpu wheels bench docs notebooks readme badges clean
+.PHONY: demo test test-slow test-lab test-gpu wheels bench critics docs notebooks readme badges clean
 
 demo: $(READY)
 	$(BIN)/rlhf-nb demo $(ARGS)
@@ -40,6 +40,9 @@ $(PEER)/.ready: bench/peer.txt
 	python3 -m venv $(PEER)
 	$(PEER)/bin/python -m pip install -q -r bench/peer.txt
 	touch $@
+
+critics: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/critic.py runs/critic bench/critic.json $(ARGS)
 
 docs: $(VENV)/.docs
 	rm -rf runs/docs

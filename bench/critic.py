@@ -2,6 +2,7 @@
 
 A run that FOLDER already has is not made again, so several processes can share the work."""
 import json
+import os
 from argparse import ArgumentParser
 from itertools import accumulate
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from datasets import Dataset
 from learning import PHASES, course, peer, ppo, unseen
 from peft import LoraConfig
+from psutil import pid_exists
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -33,22 +35,28 @@ class Pretrained(PPOTrainer):
     "Learns the critic once for all runs of this process that would learn the same one."
 
     def pretrain_critic(self, signals):
-        args = self.args
-        key = (args.seed, args.critic, args.critic_pretraining_steps, args.use_score_scaling, args.vf_coef,
-               args.cliprange_value)
-        if key in KNOWN:
-            weights, moments, random = KNOWN[key]
-            for p, known in zip(self.policy.critic_parameters(), weights): p.data.copy_(known)
+        args, critic = self.args, self.policy.critic_parameters()
+        key = (
+            args.seed, args.critic, args.critic_pretraining_steps, args.generation_batch_size, args.vf_coef,
+            args.critic_pretraining_learning_rate or (args.critic_learning_rate, args.learning_rate),
+            args.lam if args.critic_lam is None else args.critic_lam, args.use_score_scaling, args.use_score_norm,
+        )
+        if known := KNOWN.get(key):
+            weights, moments, states, random = known
+            for p, weight, state in zip(critic, weights, states):
+                p.data.copy_(weight)
+                if state: self.optimizer.state[p] = {name: x.clone() for name, x in state.items()}
             vars(self.moments).update(moments)
             self.sampler.generator.set_state(random)
             return
         super().pretrain_critic(signals)
-        weights = [p.detach().clone() for p in self.policy.critic_parameters()]
-        KNOWN[key] = weights, dict(vars(self.moments)), self.sampler.generator.get_state()
+        states = [{name: x.clone() for name, x in self.optimizer.state.get(p, {}).items()} for p in critic]
+        weights = [p.detach().clone() for p in critic]
+        KNOWN[key] = weights, dict(vars(self.moments)), states, self.sampler.generator.get_state()
 
 
 class Oracle(PPOTrainer):
-    "The true values in place of the critic's: no critic can know more."
+    "The true values in place of the critic's."
 
     def step(self, rollout, scores):
         return super().step(rollout._replace(values=true_values(self, rollout)), scores)
@@ -110,10 +118,11 @@ def sorting(
 ) -> dict:
     "A run in the sorting world."
     mine = issubclass(trainer, PPOTrainer)
+    steps = 1 if mine else settings.get("num_iterations", 1) * settings.get("steps_per_generation", 1)
     config = PPOConfig if mine else {RLOOTrainer: RLOOConfig, GRPOTrainer: GRPOConfig}[trainer]
     rows = sorting_rows(4000, seed=1)
-    same = dict(output_dir=mkdtemp(), max_steps=updates, per_device_train_batch_size=64, max_completion_length=14,
-                temperature=1., beta=0., lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
+    same = dict(output_dir=mkdtemp(), max_steps=updates * steps, per_device_train_batch_size=64,
+                max_completion_length=14, temperature=1., beta=0., lr_scheduler_type="constant", logging_steps=steps, save_strategy="no",
                 report_to=[], disable_tqdm=True, use_cpu=True, bf16=False, seed=seed)
     made = trainer(
         AutoModelForCausalLM.from_pretrained(sorting_policy()),
@@ -127,8 +136,8 @@ def sorting(
     made.train()
     whole(made)
     log = [entry for entry in made.state.log_history if "reward" in entry]
-    seconds = [sum(entry[phase] for phase in PHASES) if mine else entry["step_time"] for entry in log]
-    return dict(rollouts=[64 * entry["step"] for entry in log], true_reward=[entry["reward"] for entry in log],
+    seconds = [sum(entry[phase] for phase in PHASES) if mine else steps * entry["step_time"] for entry in log]
+    return dict(rollouts=[64 * (i + 1) for i in range(len(log))], true_reward=[entry["reward"] for entry in log],
                 seconds=[*accumulate(seconds)], explained=[entry.get("val/explained_variance") for entry in log])
 
 
@@ -145,25 +154,39 @@ def clinic(seed: int, name: str | None = None, **settings) -> dict:
 
 PEERS = {"RLOO": (RLOOTrainer, 2e-3), "GRPO": (GRPOTrainer, 2e-3)} # The best of `RATES`, by "rates"
 RATES = 5e-4, 1e-3, 2e-3, 4e-3
+AS_OFTEN = dict(per_device_train_batch_size=32, steps_per_generation=2, num_iterations=2) # As PPO: 4 optimizer steps
 RUNS = {
     "sorting": {
         "PPO": (sorting, {}),
         "PPO, no pretraining": (sorting, UNTAUGHT),
         "PPO, oracle": (sorting, dict(trainer=Oracle) | UNTAUGHT),
-    } | {name: (sorting, dict(trainer=kind, learning_rate=rate)) for name, (kind, rate) in PEERS.items()},
-    "rates": {f"{name} {rate:g}": (sorting, dict(trainer=kind, learning_rate=rate))
-              for rate in RATES for name, (kind, _) in PEERS.items()},
+    } | {name: (sorting, dict(trainer=kind, learning_rate=rate)) for name, (kind, rate) in PEERS.items()}
+      | {f"{name}, two passes": (sorting, dict(trainer=kind, learning_rate=rate / 2) | AS_OFTEN)
+         for name, (kind, rate) in PEERS.items()},
+    "rates": {f"{name}{how} {rate:g}": (sorting, dict(trainer=kind, learning_rate=rate) | passes)
+              for rate in RATES for name, (kind, _) in PEERS.items()
+              for how, passes in (("", {}), (", two passes", AS_OFTEN))},
     "ideas": {name: (sorting, dict(updates=20) | idea) for name, idea in IDEAS.items()},
     "clinic": {"PPO": (clinic, CLINIC_CRITIC), "demo": (clinic, {})} | {
         name: (clinic, dict(name=name, beta=.02)) for name in PEERS},
 }
 
 
+def claim(file: Path) -> bool:
+    "Is this run still to be made, and by no other process that is alive?"
+    mark = file.with_suffix(".claim")
+    try: mark.open("x").close()
+    except FileExistsError:
+        owner = mark.read_text()
+        if file.exists() or not owner or pid_exists(int(owner)): return False
+    mark.write_text(str(os.getpid()))
+    return True
+
+
 def gather(folder: Path) -> dict:
     "Every run that is there, by world, name and seed; an entry per update, of `batch` completions."
     found: dict = {}
     for file in sorted(folder.glob("*.json")):
-        if not file.stat().st_size: continue # Another process is at it
         run = json.loads(file.read_text())
         short = {key: [round(x, 3) for x in run[key]] for key in ("true_reward", "explained") if any(run.get(key, []))}
         short |= dict(batch=int(run["rollouts"][0]), seconds=round(run["seconds"][-1]), unseen=run.get("unseen"))
@@ -185,14 +208,14 @@ def main():
         for seed in args.seeds or ((10, 11) if world == "rates" else SEEDS):
             for name, (run, settings) in RUNS[world].items():
                 file = args.folder/f"{world}-{name.replace('/', ' ')}-{seed}.json"
-                try: file.open("x").close()
-                except FileExistsError: continue
-                try: found = run(seed, **settings)
-                except BaseException:
-                    file.unlink()
-                    raise
-                file.write_text(json.dumps(dict(world=world, name=name, seed=seed) | found))
+                if not claim(file): continue
+                found = run(seed, **settings)
+                part = file.with_suffix(".part")
+                part.write_text(json.dumps(dict(world=world, name=name, seed=seed) | found))
+                part.rename(file)
                 print(world, name, seed, f"{sum(found['true_reward'][-10:]) / 10:.3f}", flush=True)
+    for mark in args.folder.glob("*.claim"):
+        if not mark.with_suffix(".json").exists(): print("not finished:", mark.stem)
     args.out.write_text(json.dumps(gather(args.folder)))
 
 

@@ -151,7 +151,8 @@ def diagnose(history: list[dict],      # `trainer.state.log_history`
              settings: dict[str, Any], # Of `PPOConfig`, as `to_dict` gives them
 ) -> list[Finding]:                    # By the update at which they were first seen
     "What may be wrong in a run."
-    diagnosis = Diagnosis(settings)
+    last = max((entry["step"] for entry in history), default=0) # max_steps is -1 where epochs say how long
+    diagnosis = Diagnosis(settings | dict(max_steps=max(settings["max_steps"], last)))
     for entry in history: diagnosis.read(entry)
     return [*diagnosis.findings.values()]
 
@@ -161,10 +162,10 @@ class Doctor(TrainerCallback):
     def __init__(self): self.diagnosis = Diagnosis({})
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.diagnosis = Diagnosis(args.to_dict())
+        self.diagnosis = Diagnosis(args.to_dict() | dict(max_steps=state.max_steps))
         for entry in state.log_history: self.diagnosis.read(entry) # Of a run that is resumed: said before
 
     def on_log(self, args, state, control, **kwargs):
-        self.diagnosis.settings = args.to_dict()
+        self.diagnosis.settings = args.to_dict() | dict(max_steps=state.max_steps)
         for f in self.diagnosis.read(state.log_history[-1]):
             logger.warning("Update %d, %s: %s. %s Try: %s", f.step, f.name, f.saw, f.why, f.change)

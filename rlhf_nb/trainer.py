@@ -351,15 +351,14 @@ class PPOTrainer(Trainer):
         args, explained = self.args, []
         order = PromptOrder(self.train_dataset, args.seed, args.shuffle_dataset)
         groups = self.optimizer.param_groups
+        peaks = [args.critic_pretraining_learning_rate or g.get("initial_lr", g["lr"]) for g in groups]
         if args.critic == "shared": self.policy.critic = "detached"
         for step in range(args.critic_pretraining_steps):
             rollout = self.sampler.given(self.share(order.take(args.generation_batch_size)))
             everything = gather_all(self.strategy, rollout, self.score(rollout))
             if problem := not_finite(*everything): raise RunError(f"critic_pretraining_steps: {problem} not finite")
             exp, _ = make_experience(*everything, args, self.kl_controller.value, self.moments)
-            for group in groups: # Their peak, whatever the schedule's first rate is
-                peak = args.critic_pretraining_learning_rate or group.get("initial_lr", group["lr"])
-                group["lr"] = peak * (1 - step / args.critic_pretraining_steps)
+            for group, peak in zip(groups, peaks): group["lr"] = peak * (1 - step / args.critic_pretraining_steps)
             update = self.learner.update(exp, self.sampler.sampling, critic_only=True, once=True)
             if update.problem: raise RunError(f"critic_pretraining_steps: {update.problem} not finite")
             explained.append(explained_variance(exp.values, exp.to_go, exp.mask).item())

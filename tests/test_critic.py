@@ -188,7 +188,8 @@ def test_one_optimizer_step_takes_the_whole_batch(monkeypatch):
 
     monkeypatch.setattr(trainer.learner, "update", spy)
     trainer.train()
-    assert steps[:3] == [(trainer.args.generation_batch_size, 1, True)] * 3 and steps[3][1:] != (1, True)
+    n = trainer.args.generation_batch_size
+    assert steps == [(n, 1, True)] * 3 + [(n, 2 * n / 2, False)]
 
 
 def test_a_rate_without_steps():
@@ -207,15 +208,34 @@ def test_the_benchmark_of_critics_is_ready(trainer, settings):
 
 def test_the_benchmark_learns_a_critic_once(monkeypatch):
     monkeypatch.setattr(critic, "KNOWN", {})
-    first, second = (critic.sorting(0, updates=1, critic_pretraining_steps=1) for _ in range(2))
-    assert first["true_reward"] == second["true_reward"] and len(critic.KNOWN) == 1
+    def run(**settings):
+        made = critic.sorting(0, updates=2, critic_pretraining_steps=2, **settings)
+        return made["explained"], made["true_reward"]
+
+    assert run() == run() and len(critic.KNOWN) == 1
+    run(critic_lam=None)
+    assert len(critic.KNOWN) == 2
+
+
+def test_a_peer_with_several_passes_has_as_many_entries():
+    run = critic.sorting(0, critic.RLOOTrainer, updates=2, learning_rate=1e-3, **critic.AS_OFTEN)
+    assert run["rollouts"] == [64, 128] and len(run["true_reward"]) == 2
+
+
+def test_a_run_of_the_benchmark_is_claimed(tmp_path):
+    file = tmp_path/"a.json"
+    assert critic.claim(file) and not critic.claim(file)
+    file.with_suffix(".claim").write_text("4194305") # No process has this number
+    assert critic.claim(file), "its owner is gone"
+    file.touch()
+    file.with_suffix(".claim").write_text("4194305")
+    assert not critic.claim(file), "it is there"
 
 
 def test_the_benchmark_gathers(tmp_path):
     run = dict(world="clinic", name="PPO", seed=3, rollouts=[32, 64], true_reward=[.12345, 1], seconds=[1., 2.4],
                explained=[None, None], unseen=.9)
     (tmp_path/"a.json").write_text(json.dumps(run))
-    (tmp_path/"b.json").touch()
     kept = dict(true_reward=[.123, 1], batch=32, seconds=2, unseen=.9)
     assert critic.gather(tmp_path) == dict(clinic=dict(PPO={3: kept}))
 
@@ -230,7 +250,9 @@ def test_a_pretrained_critic_knows_from_the_first_update_on():
     (1., -.8, True), (1., -.3, False), (.95, -.1, True), (.95, .1, False),
 ])
 def test_the_diagnosis_names_a_critic_that_explains_nothing(lam, explained, said, tmp_path):
-    settings = PPOConfig(str(tmp_path), lam=lam, max_steps=60, use_cpu=True, bf16=False).to_dict()
+    settings = PPOConfig(str(tmp_path), lam=lam, max_steps=90, use_cpu=True, bf16=False).to_dict()
     history = [{"step": i, "reward": i % 3, "val/explained_variance": explained} for i in range(1, 31)]
     assert ("blind critic" in {f.name for f in diagnose(history, settings)}) == said
-    assert not diagnose(history[:19], settings), "too early to say"
+    for n, most in ((29, 90), (30, 300), (19, -1)):
+        assert not diagnose(history[:n], settings | dict(max_steps=most)), "too early to say"
+    assert ("blind critic" in {f.name for f in diagnose(history, settings | dict(max_steps=-1))}) == said
