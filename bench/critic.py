@@ -122,7 +122,8 @@ def sorting(
     config = PPOConfig if mine else {RLOOTrainer: RLOOConfig, GRPOTrainer: GRPOConfig}[trainer]
     rows = sorting_rows(4000, seed=1)
     same = dict(output_dir=mkdtemp(), max_steps=updates * steps, per_device_train_batch_size=64,
-                max_completion_length=14, temperature=1., beta=0., lr_scheduler_type="constant", logging_steps=steps, save_strategy="no",
+                max_completion_length=14, temperature=1., beta=0., lr_scheduler_type="constant", logging_steps=steps,
+                save_strategy="no",
                 report_to=[], disable_tqdm=True, use_cpu=True, bf16=False, seed=seed)
     made = trainer(
         AutoModelForCausalLM.from_pretrained(sorting_policy()),
@@ -175,10 +176,11 @@ RUNS = {
 def claim(file: Path) -> bool:
     "Is this run still to be made, and by no other process that is alive?"
     mark = file.with_suffix(".claim")
+    if file.exists(): return False
     try: mark.open("x").close()
     except FileExistsError:
         owner = mark.read_text()
-        if file.exists() or not owner or pid_exists(int(owner)): return False
+        if not owner or pid_exists(int(owner)): return False
     mark.write_text(str(os.getpid()))
     return True
 
