@@ -123,8 +123,7 @@ def sorting(
     rows = sorting_rows(4000, seed=1)
     same = dict(output_dir=mkdtemp(), max_steps=updates * steps, per_device_train_batch_size=64,
                 max_completion_length=14, temperature=1., beta=0., lr_scheduler_type="constant", logging_steps=steps,
-                save_strategy="no",
-                report_to=[], disable_tqdm=True, use_cpu=True, bf16=False, seed=seed)
+                save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, bf16=False, seed=seed)
     made = trainer(
         AutoModelForCausalLM.from_pretrained(sorting_policy()),
         sorted_right,
@@ -209,7 +208,7 @@ def main():
     for world in args.worlds:
         for seed in args.seeds or ((10, 11) if world == "rates" else SEEDS):
             for name, (run, settings) in RUNS[world].items():
-                file = args.folder/f"{world}-{name.replace('/', ' ')}-{seed}.json"
+                file = args.folder/f"{world}-{name}-{seed}.json"
                 if not claim(file): continue
                 found = run(seed, **settings)
                 part = file.with_suffix(".part")

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PHRASES', 'ADVICE', 'COMPLAINTS', 'PROMPT', 'ADVICES', 'VIRTUES', 'HABITS', 'MIXED', 'TWISTS', 'ENCODER', 'CLINIC',
            'clinic', 'find', 'complaint_of', 'right_words', 'sentences', 'aspects', 'true_reward', 'plan', 'words',
-           'clinic_texts', 'fit', 'train_policy', 'rivals', 'pairs', 'mistakes', 'proofread', 'pretrain_encoder',
-           'encoded', 'train_reward_model', 'clinic_models', 'train_clinic', 'clinic_reward_model', 'accuracy']
+           'clinic_texts', 'fit', 'supervise', 'train_policy', 'rivals', 'pairs', 'mistakes', 'proofread',
+           'pretrain_encoder', 'encoded', 'train_reward_model', 'clinic_models', 'train_clinic', 'clinic_reward_model',
+           'accuracy']
 
 # %% ../nbs/09_clinic.ipynb #51cf919f
 import random
@@ -167,6 +168,23 @@ def fit(config: type[TrainingArguments],
             )
         ).train()
 
+def supervise(folder: str | Path, # Gets the model and its tokenizer
+              model: PreTrainedModel,
+              tok: PreTrainedTokenizerFast,
+              data: Dataset,      # prompt, completion
+              **settings):        # Of `SFTConfig`
+    "Stage 2 of a small world: three epochs, with TRL's `SFTTrainer`."
+    fit(
+        SFTConfig,
+        lambda args: SFTTrainer(model, args, train_dataset=data, processing_class=tok),
+        num_train_epochs=3,
+        lr_scheduler_type="cosine",
+        max_length=128,
+        bf16=False,
+        **settings,
+    )
+    for part in (model, tok): part.save_pretrained(folder)
+
 def train_policy(folder: str | Path,       # Gets the model and its tokenizer
                  n_answers: int = 7000,
                  seed: int = 0,
@@ -182,18 +200,7 @@ def train_policy(folder: str | Path,       # Gets the model and its tokenizer
     model = fuse_layers(AutoModelForCausalLM.from_config(BloomConfig(
         vocab_size=len(tok), hidden_size=128, n_layer=3, n_head=4, initializer_range=.05, bos_token_id=tok.bos_token_id,
         eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)))
-    fit(
-        SFTConfig,
-        lambda args: SFTTrainer(model, args, train_dataset=data, processing_class=tok),
-        num_train_epochs=3,
-        learning_rate=3e-3,
-        lr_scheduler_type="cosine",
-        max_length=128,
-        bf16=False,
-        seed=seed,
-        disable_tqdm=disable_tqdm,
-    )
-    for part in (model, tok): part.save_pretrained(folder)
+    supervise(folder, model, tok, data, learning_rate=3e-3, seed=seed, disable_tqdm=disable_tqdm)
     return model
 
 # %% ../nbs/09_clinic.ipynb #395646f6

@@ -16,9 +16,8 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
 
-from .clinic import fit
+from .clinic import supervise
 from .models import sampling_logits
 from .rollout import Rollout
 from .testing import data_dir
@@ -75,18 +74,7 @@ def train_sorter(folder: str | Path,       # Gets the model and its tokenizer
         vocab_size=len(tok), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=384,
         max_position_embeddings=64, initializer_range=.05, bos_token_id=tok.bos_token_id,
         eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
-    fit(
-        SFTConfig,
-        lambda args: SFTTrainer(model, args, train_dataset=data, processing_class=tok),
-        num_train_epochs=3,
-        learning_rate=1.5e-3,
-        lr_scheduler_type="cosine",
-        max_length=64,
-        bf16=False,
-        seed=seed,
-        disable_tqdm=disable_tqdm,
-    )
-    for part in (model, tok): part.save_pretrained(folder)
+    supervise(folder, model, tok, data, learning_rate=1.5e-3, seed=seed, disable_tqdm=disable_tqdm)
     return model
 
 def sorting_policy() -> Path: # A folder
