@@ -23,10 +23,9 @@ from rlhf_nb.trainer import PPOTrainer
 
 SEEDS = range(20, 25) # Settings were chosen with seeds 10 and 11
 CLINIC_CRITIC = dict(
-    batch_size=32, per_device_train_batch_size=32, max_steps=200, critic="adapter", lam=.95, critic_lam=1., vf_coef=1.,
-    cliprange_value=None, use_score_scaling=True, use_score_norm=True, beta=.02,
+    batch_size=32, per_device_train_batch_size=16, max_steps=200, critic="adapter", lam=.95, critic_lam=1., vf_coef=1.,
+    cliprange_value=None, use_score_scaling=True, use_score_norm=True, beta=.02, importance_sampling_level="sequence",
 )
-
 
 KNOWN: dict[tuple, tuple] = {} # Critics, by what their pretraining depends on
 
@@ -84,6 +83,7 @@ class GroupMean(Pretrained):
 
 
 UNTAUGHT = dict(critic_pretraining_steps=0, critic_pretraining_learning_rate=None)
+TOKEN = dict(importance_sampling_level="token")
 # One idea at a time, in place of the recommended settings
 IDEAS = {
     "no pretraining": UNTAUGHT,
@@ -94,11 +94,13 @@ IDEAS = {
     "shared critic": dict(critic="shared"),
     "the policy's rate for the critic": dict(critic_learning_rate=None),
     "vf_coef = 0.1": dict(vf_coef=.1),
+    "max_grad_norm = 0.1": dict(max_grad_norm=.1),
     "value clip 0.2": dict(cliprange_value=.2),
     "scores scaled": dict(use_score_scaling=True, use_score_norm=True),
-    "one pass": dict(num_iterations=1),
-    "four passes": dict(num_iterations=4),
-    "epsilon_high = 0.28": dict(epsilon_high=.28),
+    "one ratio per token": TOKEN,
+    "two passes, twice the rate": dict(num_iterations=2, learning_rate=2e-3),
+    "two passes": dict(num_iterations=2),
+    "epsilon = 0.1": dict(epsilon=.1),
     "advantages not whitened": dict(normalize_advantages=False),
     "explained-variance gate, no pretraining": dict(trainer=Gate) | UNTAUGHT,
     "8 completions, group mean": dict(trainer=GroupMean, num_generations=8),
@@ -122,7 +124,7 @@ def sorting(
     config = PPOConfig if mine else {RLOOTrainer: RLOOConfig, GRPOTrainer: GRPOConfig}[trainer]
     rows = sorting_rows(4000, seed=1)
     same = dict(output_dir=mkdtemp(), max_steps=updates * steps, per_device_train_batch_size=64,
-                max_completion_length=14, temperature=1., beta=0., lr_scheduler_type="constant", logging_steps=steps,
+                max_completion_length=14, temperature=1., beta=0., lr_scheduler_type="linear", logging_steps=steps,
                 save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, bf16=False, seed=seed)
     made = trainer(
         AutoModelForCausalLM.from_pretrained(sorting_policy()),
@@ -152,23 +154,31 @@ def clinic(seed: int, name: str | None = None, **settings) -> dict:
     return course(trainer) | dict(explained=trainer.history("val/explained_variance"), unseen=unseen(trainer)[-1])
 
 
-PEERS = {"RLOO": (RLOOTrainer, 2e-3), "GRPO": (GRPOTrainer, 2e-3)} # The best of `RATES`, by "rates"
-RATES = 5e-4, 1e-3, 2e-3, 4e-3
-AS_OFTEN = dict(per_device_train_batch_size=32, steps_per_generation=2, num_iterations=2) # As PPO: 4 optimizer steps
+PEERS = {"RLOO": RLOOTrainer, "GRPO": GRPOTrainer}
+AS_OFTEN = dict(per_device_train_batch_size=32, steps_per_generation=2, num_iterations=4) # As PPO: 8 optimizer steps
+BEST = {"RLOO": 2e-3, "GRPO": 2e-3, "RLOO, four passes": 1e-3, "GRPO, four passes": 1e-3} # By "rates"
+
+
+def rival(name: str, rate: float | None = None, **settings) -> tuple: # How often, after a comma
+    "A run of a peer in the sorting world."
+    how = AS_OFTEN if "," in name else {}
+    return sorting, dict(trainer=PEERS[name[:4]], learning_rate=rate or BEST[name]) | how | settings
+
+
 RUNS = {
-    "sorting": {
-        "PPO": (sorting, {}),
-        "PPO, no pretraining": (sorting, UNTAUGHT),
-        "PPO, oracle": (sorting, dict(trainer=Oracle) | UNTAUGHT),
-    } | {name: (sorting, dict(trainer=kind, learning_rate=rate)) for name, (kind, rate) in PEERS.items()}
-      | {f"{name}, two passes": (sorting, dict(trainer=kind, learning_rate=rate / 2) | AS_OFTEN)
-         for name, (kind, rate) in PEERS.items()},
-    "rates": {f"{name}{how} {rate:g}": (sorting, dict(trainer=kind, learning_rate=rate) | passes)
-              for rate in RATES for name, (kind, _) in PEERS.items()
-              for how, passes in (("", {}), (", two passes", AS_OFTEN))},
+    "rates": {f"{name} {rate:g}": rival(name, rate, updates=30) for name in BEST
+              for rate in (BEST[name] / 2, BEST[name], BEST[name] * 2)},
+    "half": {"PPO": (sorting, dict(updates=30))} | {name: rival(name, updates=30) for name in BEST} | {
+        "PPO, ratio per token": (sorting, dict(updates=30) | TOKEN),
+        "PPO, no pretraining": (sorting, dict(updates=30) | UNTAUGHT),
+        "PPO, oracle": (sorting, dict(updates=30, trainer=Oracle) | UNTAUGHT),
+    },
+    "sorting": {"PPO": (sorting, {})} | {name: rival(name) for name in BEST},
     "ideas": {name: (sorting, dict(updates=20) | idea) for name, idea in IDEAS.items()},
     "clinic": {"PPO": (clinic, CLINIC_CRITIC), "demo": (clinic, {})} | {
-        name: (clinic, dict(name=name, beta=.02)) for name in PEERS},
+        name: (clinic, dict(name=name, beta=.02)) for name in PEERS} | {
+        "RLOO, two passes": (clinic, AS_OFTEN | dict(name="RLOO", beta=.02, learning_rate=2e-3, num_iterations=2)),
+    },
 }
 
 

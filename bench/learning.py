@@ -105,10 +105,11 @@ def peer(name: str,              # A key of `PEERS`
     "A run of one of TRL's trainers: same policy, reward, prompts, adapter, temperature, schedule and completions."
     trainer_class, config_class, learning_rate = PEERS[name]
     model_args, _, args, *_ = demo_parser().build(dict(output_dir=str(folder)))
+    steps = settings.get("num_iterations", 1) * settings.get("steps_per_generation", 1) # Optimizer steps of an update
     same = dict(
         output_dir=str(folder),
         per_device_train_batch_size=args.generation_batch_size,
-        max_steps=args.max_steps,
+        max_steps=args.max_steps * steps,
         num_generations=8,
         max_completion_length=args.max_completion_length,
         temperature=args.temperature,
@@ -116,7 +117,7 @@ def peer(name: str,              # A key of `PEERS`
         reward_weights=args.reward_weights,
         learning_rate=learning_rate,
         lr_scheduler_type=args.lr_scheduler_type,
-        logging_steps=1,
+        logging_steps=steps,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
@@ -137,8 +138,8 @@ def peer(name: str,              # A key of `PEERS`
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if TRUE in entry]
-    found = dict(rollouts=[args.generation_batch_size * entry["step"] for entry in entries],
-                 seconds=[*accumulate(entry["step_time"] for entry in entries)],
+    found = dict(rollouts=[args.generation_batch_size * (i + 1) for i in range(len(entries))],
+                 seconds=[*accumulate(steps * entry["step_time"] for entry in entries)],
                  true_reward=[entry[TRUE] for entry in entries])
     return found, judge(trainer, args)
 

@@ -257,6 +257,9 @@ class PPOConfig(TrainingArguments):
 
     # Objective
     num_iterations: Count = setting(1, "Passes over the completions of an update")
+    importance_sampling_level: Literal["token", "sequence"] = setting(
+        "token", "Probability ratio that is clipped: of each token, or of the whole completion, as in RLOO"
+    )
     epsilon: Positive = setting(0.2, "The probability ratio is clipped to 1 +- this")
     epsilon_high: Positive | None = setting(None, "Upwards it is clipped to 1 + this; default: epsilon")
     dual_clip: Positive | None = setting(
@@ -433,6 +436,11 @@ def check_together(args: PPOConfig):
         (
             args.beta == 0 and (args.adap_kl_ctrl or args.kl_in_loss or args.sync_ref_model),
             "beta=0 means no reference: adap_kl_ctrl, kl_in_loss and sync_ref_model need a positive beta",
+        ),
+        (
+            args.importance_sampling_level == "sequence" and top < .01,
+            f"epsilon={top} is GSPO's: there a completion's ratio is a mean over tokens, here it is the product; "
+             "0.2, for example",
         ),
         (
             args.dual_clip is not None and args.dual_clip <= 1 + top,

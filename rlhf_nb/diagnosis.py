@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'RULES', 'LOOK', 'Finding', 'Diagnosis', 'average', 'beyond', 'negative_kl', 'runaway_kl', 'ends_at_once',
-           'held_out', 'exploited', 'rewards_alike', 'hardly_moves', 'blind_critic', 'diagnose', 'Doctor']
+           'held_out', 'exploited', 'rewards_alike', 'clipped_often', 'hardly_moves', 'blind_critic', 'diagnose',
+           'Doctor']
 
 # %% ../nbs/08_diagnosis.ipynb #e5328db1
 import logging
@@ -128,6 +129,15 @@ def rewards_alike(run: Diagnosis) -> dict | None:
     if spread and max(spread) < 1e-6 and max(rewards) - min(rewards) < 1e-6: return dict(n=len(spread))
 
 # %% ../nbs/08_diagnosis.ipynb #f8a7d921
+def clipped_often(run: Diagnosis,
+                  metric: str,
+                  above: float,
+                  completions: float, # The limit where whole completions are clipped, which leave their range sooner
+) -> dict | None:
+    "Most of the gradient is cut off."
+    whole = run.settings.get("importance_sampling_level") == "sequence"
+    return beyond(run, metric, above=completions if whole else above)
+
 def hardly_moves(run: Diagnosis) -> dict | None:
     "Nothing clipped, and next to no distance gone, with more than one optimizer step in an update."
     s, most = run.settings, max(run.last("policy/approxkl_avg", 10), default=math.nan)
@@ -145,7 +155,7 @@ def blind_critic(run: Diagnosis) -> dict | None:
 # %% ../nbs/08_diagnosis.ipynb #597e1f95
 RULES = table("diagnosis")
 LOOK = {rule.__name__: rule for rule in (negative_kl, runaway_kl, ends_at_once, exploited, rewards_alike,
-                                         hardly_moves, blind_critic)}
+                                         clipped_often, hardly_moves, blind_critic)}
 
 def diagnose(history: list[dict],      # `trainer.state.log_history`
              settings: dict[str, Any], # Of `PPOConfig`, as `to_dict` gives them

@@ -37,6 +37,7 @@ from rlhf_nb.ppo import (
     masked_mean,
     masked_var,
     policy_loss,
+    probability_ratio,
     shape_scores,
     token_rewards,
     value_loss,
@@ -133,8 +134,10 @@ def ppo_loss(policy: ActorCritic,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]: # The loss and statistics, scalars; ratios, NaN outside the mask, (n, T)
     "The PPO loss of a micro-batch (Schulman et al. 2017, eq. 9), a mean over its tokens."
     out = policy(mb.tokens, sampling, entropy=args.ent_coef > 0, aux_loss=aux_coef > 0)
+    level = args.importance_sampling_level
     pl, clipped = policy_loss(
-        out.logprobs, mb.logprobs, mb.advantages, mb.mask, args.epsilon, args.epsilon_high, args.dual_clip, mb.weights
+        out.logprobs, mb.logprobs, mb.advantages, mb.mask, args.epsilon, args.epsilon_high, args.dual_clip, mb.weights,
+        level,
     )
     vl, value_clipped = value_loss(out.values, mb.values, mb.returns, mb.mask, args.cliprange_value)
     loss = args.vf_coef * vl if critic_only else pl + args.vf_coef * vl
@@ -142,7 +145,7 @@ def ppo_loss(policy: ActorCritic,
     if args.kl_in_loss and not critic_only:
         kl = kl_penalty(apply_mask(out.logprobs, mb.mask), apply_mask(mb.ref_logprobs, mb.mask), args.kl_estimator)
         loss = loss + kl_coef * masked_mean(kl, mb.mask)
-    ratio = apply_mask(out.logprobs.detach() - mb.logprobs, mb.mask).exp()
+    ratio = probability_ratio(out.logprobs.detach(), mb.logprobs, mb.mask, level)
     stats = ratio_stats(ratio, mb, args)
     stats |= {"policy/approxkl_avg": approx_kl(out.logprobs.detach(), mb.logprobs, mb.mask),
               "loss/policy_avg": pl, "policy/clipfrac_avg": clipped,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['apply_mask', 'masked_mean', 'masked_var', 'whiten', 'kl_penalty', 'token_rewards', 'RunningMoments', 'shape_scores',
-           'gae', 'policy_loss', 'approx_kl', 'importance_weights', 'value_loss', 'explained_variance', 'KLController']
+           'gae', 'probability_ratio', 'policy_loss', 'approx_kl', 'importance_weights', 'value_loss',
+           'explained_variance', 'KLController']
 
 # %% ../nbs/05_ppo.ipynb #186aa424
 import torch
@@ -118,6 +119,20 @@ def gae(rewards: Tensor, # Per token, (B, T)
     return advantages, apply_mask(advantages + values, mask)
 
 # %% ../nbs/05_ppo.ipynb #abc817e8
+def probability_ratio(
+    logprobs: Tensor,  # Of the policy as it is, (B, T)
+    old_logprobs: Tensor,  # Of the policy that generated the completion, (B, T)
+    mask: Tensor,  # (B, T)
+    level: str = "token",  # token, or sequence: that of the whole completion, at each of its tokens
+) -> Tensor:  # (B, T)
+    "How much more likely than when it was sampled; a token's gradient is its own (Zheng et al. 2025, section 4.3)."
+    change = apply_mask(logprobs - old_logprobs, mask)
+    if level == "sequence":
+        total = change.detach().sum(1, keepdim=True).clamp(max=20.)  # Finite, and far outside any clip
+        change = change - change.detach() + total
+    return change.exp()
+
+
 def policy_loss(
     logprobs: Tensor,  # Of the policy as it is, (B, T)
     old_logprobs: Tensor,  # Of the policy that generated the completion, (B, T)
@@ -127,9 +142,10 @@ def policy_loss(
     epsilon_high: float | None = None,  # Upwards within 1 + this; None: as downwards
     dual_clip: float | None = None,  # Bound of the ratio where the advantage is negative; None: no bound
     weights: Tensor | None = None,  # Importance weights, (B, T)
+    level: str = "token",  # Of the ratio: token or sequence
 ) -> tuple[Tensor, Tensor]:           # Loss, and share of tokens at which the clip holds
     "PPO's clipped surrogate (Schulman et al. 2017, eq. 7); dual clip: Ye et al. 2020, eq. 5."
-    ratio, advantages = apply_mask(logprobs - old_logprobs, mask).exp(), apply_mask(advantages, mask)
+    ratio, advantages = probability_ratio(logprobs, old_logprobs, mask, level), apply_mask(advantages, mask)
     high = epsilon if epsilon_high is None else epsilon_high
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - epsilon, 1 + high)
     loss = torch.maximum(plain, clipped)

@@ -249,10 +249,12 @@ def test_08_whitening(lengths, seed, shift, mean, scale):
 
 
 @few
-@given(lengths=st.lists(st.integers(1, 9), min_size=2, max_size=6), size=st.integers(1, 6), seed=SEED, arch=ARCH)
-def test_09_micro_batches_add_up(tmp_path, lengths, size, seed, arch):
+@given(lengths=st.lists(st.integers(1, 9), min_size=2, max_size=6), size=st.integers(1, 6), seed=SEED, arch=ARCH,
+       level=st.sampled_from(["token", "sequence"]))
+def test_09_micro_batches_add_up(tmp_path, lengths, size, seed, arch, level):
     trainer = make(
-        arch, tmp_path, True, gradient_accumulation_steps=1, per_device_train_batch_size=1, steps_per_generation=5
+        arch, tmp_path, True, gradient_accumulation_steps=1, per_device_train_batch_size=1, steps_per_generation=5,
+        importance_sampling_level=level,
     )
     tokens, args, learner = batch_of(lengths, seed, len(trainer.processing_class)), trainer.args, trainer.learner
     more = ragged(lengths[::-1], seed - seed % 3, 5, torch.float32)
@@ -274,6 +276,15 @@ def test_09_micro_batches_add_up(tmp_path, lengths, size, seed, arch):
         grads.append(torch.cat([p.grad.flatten() for p in trainer.strategy.trained]))
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
     assert grads[0].abs().max() > 1e-4
+
+
+def test_09_a_completion_that_has_run_away_has_a_finite_gradient():
+    "Its ratio would overflow: 1,000 tokens, each a little more likely than before."
+    grown, old, mask = torch.full((2, 1000), .2, requires_grad=True), torch.zeros(2, 1000), torch.ones(2, 1000)
+    loss, clipped = policy_loss(grown, old, mask * torch.tensor([[1.], [-1.]]), mask, .2, level="sequence")
+    grad, = torch.autograd.grad(loss, grown)
+    assert loss.isfinite() and grad.isfinite().all() and (grad[0] == 0).all() and (grad[1] > 0).all()
+    assert clipped == .5
 
 
 @few
@@ -341,14 +352,15 @@ def test_11_log_probs_and_kl_are_float32(dtype):
     )
 
 
-@given(LENGTHS, SEED, st.sampled_from([math.nan, math.inf, -math.inf, 1e38]))
-def test_11_nothing_outside_the_mask_reaches_a_loss(lengths, seed, poison):
+@given(LENGTHS, SEED, st.sampled_from([math.nan, math.inf, -math.inf, 1e38]), st.sampled_from(["token", "sequence"]))
+def test_11_nothing_outside_the_mask_reaches_a_loss(lengths, seed, poison, level):
     new, old, adv, ret, mask = ragged(lengths, seed, 4)
     results = []
     for fill in (0., poison):
         x, *rest = (t.nan_to_num(0.).masked_fill(mask == 0, fill) for t in (new, old, adv, ret))
         x.requires_grad_()
-        loss = policy_loss(x, rest[0], rest[1], mask, .2, .3, 3.)[0] + value_loss(x, rest[0], rest[2], mask, .2)[0]
+        loss = policy_loss(x, rest[0], rest[1], mask, .2, .3, 3., level=level)[0]
+        loss = loss + value_loss(x, rest[0], rest[2], mask, .2)[0]
         loss = (
             loss
             + masked_mean(kl_penalty(torch.where(mask > 0, x, 0.0), torch.where(mask > 0, rest[0], 0.0), "k3"), mask)
