@@ -32,7 +32,7 @@ CPU = Device("this machine", "cpu", 0, None, None, None, True)
 RUN = """
 import re, sys
 from pathlib import Path
-from rlhf_nb.cli import main
+from rlhf_nb.program import main
 main(sys.argv[1:])
 print(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 """

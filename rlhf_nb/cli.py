@@ -1,24 +1,22 @@
-"""The program `rlhf-nb`: the original's flags and today's, help by groups, errors of one line."""
+"""The commands of `rlhf-nb`: the original's flags and today's, errors of one line; `program` calls them."""
 
 import argparse
 import json
 import logging
 import os
 import re
-import shutil
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, Field, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any, NamedTuple
 
-import shtab
 import torch
 import yaml
 from accelerate.commands.config import load_config_from_file
@@ -34,12 +32,10 @@ from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging as transformers_logging
 from trl import TrlParser, get_quantization_config
 
-from . import __version__
 from .chat import ChatArguments, EvalArguments, evaluate, save_rows, scores_table, talk
 from .checkpoint import check_output_dir
 from .clinic import CLINIC, PROMPT, accuracy, train_clinic, true_reward
 from .config import (
-    REFUSED,
     Count,
     DataArguments,
     MergeArguments,
@@ -47,7 +43,6 @@ from .config import (
     Positive,
     PPOConfig,
     setting,
-    unknown_settings,
     validate,
 )
 from .data import find_files, load_prompts
@@ -67,7 +62,7 @@ from .models import (
 from .page import write_report
 from .report import curves, in_notebook, samples_table, summarise, summary_table
 from .rollout import Rollout
-from .tables import table
+from .tables import table, unknown_settings
 from .trainer import PPOTrainer
 
 logger = logging.getLogger("rlhf_nb.cli")
@@ -159,15 +154,9 @@ def complete_precision(settings: dict[str, Any]):
     if dtype != "auto": settings |= dict(bf16=dtype == "bfloat16", fp16=dtype == "float16")
 
 
-# Flags, files and help
+# Flags and files
 
 UNSET = object()  # Default of every flag, so that what was given is known
-HELP_AT = 42  # Column
-BOOL = "True|False"
-ORIGINAL = "Names of the original program, and what they are here."
-TRAINING = "Settings of transformers' TrainingArguments."
-AFTER_HELP = """--config FILE.yaml reads the same names; --quiet shows results and warnings only;
---debug shows where an error came from."""
 
 
 def program_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]: # They, and the rest
@@ -190,31 +179,14 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]: # Settings; t
     return {today: read[name] for today, name in used.items()}, used
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    "Each setting under one name, with what it takes."
-    def __init__(self, prog: str): super().__init__(prog, 2, HELP_AT, min(shutil.get_terminal_size().columns, 120))
-
-    def _format_action_invocation(self, action: argparse.Action) -> str: return f"--{action.dest} {action.metavar}"
-
-
 class Parser(TrlParser):
-    "Settings from flags and YAML; errors are one line, help comes by groups."
+    "Settings from flags and YAML; errors are one line."
 
     def __init__(self, name: str): # Of a command
         run, dataclasses, positionals, self.defaults = COMMANDS[name]
         super().__init__(dataclasses, prog=f"rlhf-nb {name}", description=run.__doc__, allow_abbrev=False)
-        found = {action.dest: action for action in reversed(self._actions)}  # --no_x comes after --x, whose dest it has
-        self.groups = {ORIGINAL: []}
-        for c in dataclasses:
-            for f in fields(c):
-                action = found[f.name]
-                action.metavar, action.help = kind(action), self.told(f)
-                if action.metavar == BOOL: action.nargs, action.const = "?", True
-                inherited = c is PPOConfig and f.name not in c.__annotations__
-                self.groups.setdefault(TRAINING if inherited else c.__doc__, []).append(action)
-        for old, today in NAMES.items():
-            if today in found:
-                self.groups[ORIGINAL].append(self.add_argument(f"--{old}", metavar=found[today].metavar, help=today))
+        for action in self._actions:
+            if getattr(action.type, "__name__", "") == "string_to_bool": action.nargs, action.const = "?", True
         self.set_defaults(**{action.dest: UNSET for action in self._actions})
         self.first = [self.add_argument(at, nargs=n, metavar=at.upper()) for at, n in positionals.items()]
 
@@ -249,35 +221,8 @@ class Parser(TrlParser):
     def refuse(self, unknown: list[str]): # Words from the command line or the file
         "`ValueError` if there are any, with today's name or the nearest one."
         names = [word[2:].split("=")[0] for word in unknown if word.startswith("--")]
-        if names: raise ValueError(unknown_settings(names, [action.dest for action in self._actions]))
+        if names: raise ValueError(unknown_settings(names, [*(action.dest for action in self._actions), *NAMES]))
         if unknown: raise ValueError(f"unexpected {' '.join(unknown)}")
-
-    def format_help(self) -> str:
-        "The settings by groups, each with what it takes, what it does and its default."
-        page = Help(self.prog)
-        page.add_usage(None, [*self.first, argparse.Action([], "settings", nargs="*", metavar="--setting value")], [])
-        page.add_text(self.description)
-        for title, actions in sorted(self.groups.items(), key=lambda group: group[0] == TRAINING):
-            page.start_section(title.rstrip("."))
-            page.add_arguments(actions)
-            page.end_section()
-        page.add_text(AFTER_HELP)
-        return page.format_help()
-
-    def told(self, f: Field) -> str:
-        "What a setting does, and its default."
-        if f.name in REFUSED: return argparse.SUPPRESS
-        text = f.metadata.get("help", "").split(". ")[0].strip(" .")
-        default = self.defaults.get(f.name, f.default)
-        return text if default in (None, MISSING) or "default:" in text else f"{text} [{default}]"
-
-
-def kind(action: argparse.Action) -> str: # Of a setting
-    "What it takes, for the help."
-    choices = "|".join(map(str, action.choices or ()))
-    if 0 < len(choices) < 30: return choices  # The error for a wrong one lists any number
-    name = {"string_to_bool": BOOL, "int": "N", "float": "X"}.get(action.type.__name__, "TEXT")
-    return f"{name} ..." if action.nargs == "+" else name
 
 
 # `train`
@@ -321,9 +266,9 @@ def launch_settings(parser: Parser,   # Of `train`
     launcher = launch_command_parser()
     launcher.error = parser.error
     told, unknown = launcher.parse_known_args(
-        ["--config_file", path, *more, "--module", "rlhf_nb.cli", "train", *argv]
+        ["--config_file", path, *more, "--module", "rlhf_nb", "train", *argv]
     )
-    parser.refuse(unknown or [told.training_script] * (told.training_script != "rlhf_nb.cli"))
+    parser.refuse(unknown or [told.training_script] * (told.training_script != "rlhf_nb"))
     if told.mixed_precision: raise ValueError(f"mixed_precision={told.mixed_precision}: dtype says it here")
     if told.num_processes is None:
         told.num_processes = (
@@ -648,15 +593,7 @@ def report(argv: list[str]):
     )
 
 
-def completion(argv: list[str]):
-    "Print what a shell (bash, zsh, ...) needs to complete commands and settings."
-    names, = Parser("completion").read(argv)
-    if names.shell not in shtab.SUPPORTED_SHELLS:
-        raise ValueError(f"{names.shell}: must be one of {', '.join(shtab.SUPPORTED_SHELLS)}")
-    print(shtab.complete(program(complete=True), names.shell))
-
-
-# The program
+# Of the program
 
 class Command(NamedTuple):
     "What a command does, and what it can be told."
@@ -675,7 +612,6 @@ COMMANDS = dict(
     chat=Command(chat, (ChatArguments,), dict(output_dir=None)),
     eval=Command(eval_, (EvalArguments,), dict(model=None, other="?")),
     merge=Command(merge, (MergeArguments,)),
-    completion=Command(completion, (), dict(shell=None)),
 )
 train_parser, demo_parser = partial(Parser, "train"), partial(Parser, "demo")
 
@@ -699,35 +635,20 @@ def quiet_libraries(quiet: bool = False): # Warnings only
     disable_progress_bars()
 
 
-def program(complete: bool = False) -> argparse.ArgumentParser: # With the settings of each command?
-    "The parser of everything up to the command."
-    top = argparse.ArgumentParser(
-        prog="rlhf-nb", description="PPO for language models.", epilog="rlhf-nb COMMAND --help lists its settings."
-    )
-    top.add_argument("--version", action="version", version=f"rlhf-nb {__version__}")
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for name, command in COMMANDS.items():
-        own = dict(parents=[Parser(name)] if complete else [], conflict_handler="resolve")
-        commands.add_parser(name, add_help=False, help=command.run.__doc__, **own)
-    return top
-
-
 FLAGS = {"model": "model_name_or_path", "reward_funcs": "reward_model_name_or_path",
          "reward model": "reward_model_name_or_path"} # What the trainer calls them
 
 
-def main(argv: list[str] | None = None): # Default: the program's own
-    "The program `rlhf-nb`."
-    argv = sys.argv[1:] if argv is None else argv
-    top = program()
-    command = top.parse_args(argv[:1]).command
-    if command is None: return top.print_help()
-    told, _ = program_flags(argv[1:])
+def run(command: str,
+        argv: list[str], # What follows it
+):
+    "A command, with errors of one line, and the exit status 2 where the input is wrong."
+    told, _ = program_flags(argv)
     quiet_libraries(told.quiet)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     quietly = ["--disable_tqdm", "True"] * (told.quiet and command in ("train", "demo", "plan", "eval"))
-    try: COMMANDS[command].run([*argv[1:], *quietly])
+    try: COMMANDS[command].run([*argv, *quietly])
     except KeyboardInterrupt: sys.exit(130)
     except Exception as e:
         if told.debug: traceback.print_exc()
@@ -739,6 +660,3 @@ def main(argv: list[str] | None = None): # Default: the program's own
         tell_launcher(text)
         if first_to_report("error"): print(f"rlhf-nb {command}: {text}", file=sys.stderr)
         sys.exit(1 if isinstance(e, (RunError, PeerLost)) else 2)
-
-
-if __name__ == "__main__": main()

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Positive', 'NonNeg', 'Unit', 'Finite', 'Percent', 'TABLES', 'OLD_NAMES', 'REFUSED',
            'OTHER_DEFAULTS', 'LIVE', 'NEUTRAL', 'PATHS', 'LIMITS', 'setting', 'complaint', 'own_types', 'validate',
-           'unknown_settings', 'PPOConfig', 'default_of', 'is_default', 'check_refused', 'settle_batch',
-           'check_together', 'has_bf16', 'wanted_precision', 'choose_precision', 'ModelArguments', 'check_template',
-           'DataArguments', 'MergeArguments']
+           'PPOConfig', 'default_of', 'is_default', 'check_refused', 'settle_batch', 'check_together', 'has_bf16',
+           'wanted_precision', 'choose_precision', 'ModelArguments', 'check_template', 'DataArguments',
+           'MergeArguments']
 
 # %% ../nbs/00_config.ipynb #f04f1b93
 import json
 import os
 import types
 from dataclasses import MISSING, dataclass, field, fields
-from difflib import get_close_matches
 from os import PathLike
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -25,7 +24,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import ModelConfig
 
 from .distributed import load_whole_models
-from .tables import table
+from .tables import table, unknown_settings
 
 # %% ../nbs/00_config.ipynb #3caa9761
 def setting(default: Any, # Value when the user says nothing
@@ -82,16 +81,6 @@ def validate(config: Any,                         # A dataclass instance
 # %% ../nbs/00_config.ipynb #9ea48ac2
 TABLES = table("settings")
 OLD_NAMES = TABLES["old_names"]
-
-def unknown_settings(names: list[str], # That the user gave
-                     known: list[str], # All settings there are
-) -> str:                              # For an error message
-    "Each unknown name, with the one it has here or the nearest."
-    def told(name: str) -> str:
-        if name in OLD_NAMES: return f"{name} is {OLD_NAMES[name]} here"
-        near = get_close_matches(name, known, n=1)
-        return f"{name} is unknown" + (f" (did you mean {near[0]}?)" if near else "")
-    return "; ".join(map(told, names))
 
 # %% ../nbs/00_config.ipynb #062d3918
 REFUSED = TABLES["refused"]

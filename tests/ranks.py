@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.distributed import TCPStore
 
-from rlhf_nb import cli
+from rlhf_nb import cli, program
 
 torch.set_num_threads(1)
 MAKE = cli.make_trainer
@@ -31,7 +31,7 @@ def launched(case: dict, flags: list[str] | None = None): # Default: the program
     "In a process that a launcher has made."
     global CASE
     CASE, cli.make_trainer = case, lambda *args: MAKE(*args, judge)
-    cli.main(flags)
+    program.main(flags)
 
 
 def start(case: dict, rank: int, port: int, out: Path) -> int: # Process id
@@ -48,7 +48,7 @@ def start(case: dict, rank: int, port: int, out: Path) -> int: # Process id
     try:
         if case["code"]: exec(case["code"], dict(__name__="__main__"))
         elif case["what"]: launched(case, case["flags"])
-        else: cli.main(case["flags"])
+        else: program.main(case["flags"])
     except SystemExit as e: status = e.code
     except BaseException:
         status = 1

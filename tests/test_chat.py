@@ -22,8 +22,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from rlhf_nb.chat import EvalArguments, evaluate, mean_interval, win_rate
-from rlhf_nb.cli import DEMO, as_flags, main, train
+from rlhf_nb.cli import DEMO, as_flags, train
 from rlhf_nb.clinic import CLINIC
+from rlhf_nb.program import main
 
 PROGRAM = Path(sys.executable).parent/"rlhf-nb"
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_nb.cli import main
+from rlhf_nb.program import main
 from rlhf_nb.testing import tiny_policy
 
 ORIGINAL = """--model_type bloom --model_name_or_path {policy} --reward_model_name_or_path {reward}

@@ -16,15 +16,15 @@ from rlhf_nb.cli import (
     DEFAULTS,
     DEMO,
     NAMES,
-    Parser,
     as_flags,
     demo_settings,
-    main,
     train_parser,
     train_settings,
 )
 from rlhf_nb.clinic import CLINIC
 from rlhf_nb.config import REFUSED, DataArguments, ModelArguments, PPOConfig
+from rlhf_nb.program import OPTIONS, main
+from rlhf_nb.program import Parser as Shown
 
 OTHERS = """--tokenizer_name_or_path T --load_in_8bit False --cache_dir C --use_fast_tokenizer True --trust_remote_code
     False --dataset_config_name c --dataset_name N --mini_batch_size 1 --min_target_length 4
@@ -264,7 +264,7 @@ def test_both_names_with_one_value():
 
 
 def test_help_lists_every_setting():
-    text = train_parser().format_help()
+    text = Shown("train").format_help()
     for name in [
         *NAMES,
         "batch_size",
@@ -277,7 +277,7 @@ def test_help_lists_every_setting():
         and "--save_total_limit N" in text
         and "--critic shared|detached|adapter" in text
     )
-    for parser, names in ((Parser("chat"), fields(ChatArguments)), (Parser("eval"), fields(EvalArguments))):
+    for parser, names in ((Shown("chat"), fields(ChatArguments)), (Shown("eval"), fields(EvalArguments))):
         assert all(f"\n  --{f.name} " in parser.format_help() for f in names)
 
 
@@ -388,13 +388,29 @@ def test_an_error_is_one_line_and_status_2(line, text, capsys):
 
 def test_unknown_commands_and_help(capsys):
     assert says("fly", capsys)[0] == 2
-    assert all(name in says("--help", capsys)[1] for name in COMMANDS)
+    assert [*OPTIONS] == [*COMMANDS, "completion"]
+    assert all(name in says("--help", capsys)[1] for name in OPTIONS)
     assert says("--version", capsys)[1].startswith("rlhf-nb 0.")
+
+
+@pytest.mark.parametrize("line, status, text", [
+    ("--version", 0, "rlhf-nb 0."),
+    ("plan --help", 0, "--gpu TEXT"),
+    ("completion bash", 0, "--max_completion_length"),
+    ("completion perl", 2, "perl: must be one of bash"),
+    ("completion", 2, "the following arguments are required: SHELL"),
+    ("plan --max_step 3 --init_kl_coef=2 --zzz", 2, "max_step is unknown (did you mean max_steps?)"),
+    ("train --max-step 3", 2, "rlhf-nb train: max_step is unknown (did you mean max_steps?)"),
+])
+def test_what_needs_no_torch(line, status, text):
+    code = "import sys, rlhf_nb.program as p\ntry: p.main()\nfinally: assert 'torch' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == status and text in run.stdout + run.stderr and "Traceback" not in run.stderr
 
 
 def test_python_m_is_the_program():
     run = subprocess.run(
-        [sys.executable, "-m", "rlhf_nb.cli", "train", "--max_step", "3"],
+        [sys.executable, "-m", "rlhf_nb", "train", "--max_step", "3"],
         capture_output=True,
         text=True,
         cwd=Path(ROOT),

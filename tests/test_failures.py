@@ -132,13 +132,13 @@ def test_bad_input_is_said_once(run, tmp_path):
 
 LATE = """
 import os
-from rlhf_nb import cli
+from rlhf_nb import cli, program
 make = cli.PPOTrainer
 def broken(**how):
     make(**how)
     raise ValueError("it is broken")
 if os.environ["RANK"] == "1": cli.PPOTrainer = broken
-cli.main()
+program.main()
 """
 
 

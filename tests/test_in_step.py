@@ -8,6 +8,7 @@ from pathlib import Path
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT/"tools"))
+from options import OUT, options
 from readme import render
 
 BIN = Path(sys.executable).parent
@@ -32,6 +33,10 @@ def test_export_and_clean_change_nothing(tmp_path):
     after = files(tmp_path)
     changed = [name for name in {*before, *after} if before.get(name) != after.get(name)]
     assert not changed, f"run nbdev_export and nbdev_clean: {changed}"
+
+
+def test_the_program_knows_every_setting():
+    assert OUT.read_text(encoding="utf-8") == options(), "run python tools/options.py"
 
 
 def test_readme_is_the_index_notebook():

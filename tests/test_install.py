@@ -27,7 +27,7 @@ def test_installed_package_works_away_from_the_checkout(tmp_path):
     file, data, rows, *configs = installed(tmp_path, "-c", BLOCK + where).split()
     assert configs == ["ddp", "fsdp2", "zero2", "zero3"]
     assert file.startswith(str(tmp_path)) and data.startswith(str(tmp_path)) and int(rows) >= 300
-    assert "train" in installed(tmp_path, "-c", BLOCK + "from rlhf_nb.cli import main; main(['--help'])")
+    assert "train" in installed(tmp_path, "-c", BLOCK + "from rlhf_nb.program import main; main(['--help'])")
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ STARTERS = ["torchrun --standalone --nproc_per_node 2".split(),
 @pytest.mark.slow
 @pytest.mark.parametrize("starter", STARTERS, ids=lambda s: s[0])
 def test_others_start_processes_of_our_program(starter, tiny, one, tmp_path):
-    command = [BIN/starter[0], *starter[1:], "-m", "rlhf_nb.cli", *map(str, flags(tiny, tmp_path/"two", 4))]
+    command = [BIN/starter[0], *starter[1:], "-m", "rlhf_nb", *map(str, flags(tiny, tmp_path/"two", 4))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and (done.stdout + done.stderr).count("Saved to") == 1, done.stdout + done.stderr
     same(tmp_path/"two", one)

@@ -12,7 +12,6 @@ from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
 
-from rlhf_nb.cli import main
 from rlhf_nb.config import ModelArguments, PPOConfig
 from rlhf_nb.memory import (
     GPUS,
@@ -29,6 +28,7 @@ from rlhf_nb.memory import (
     this_machine,
 )
 from rlhf_nb.models import load_policy
+from rlhf_nb.program import main
 from rlhf_nb.rewards import load_reward_model
 from rlhf_nb.testing import DECODERS, deberta_config, reward_tokenizer, tiny_policy
 

@@ -17,8 +17,8 @@ from transformers import IntervalStrategy, TrainerCallback
 
 from rlhf_nb import files
 from rlhf_nb.checkpoint import damage
-from rlhf_nb.cli import main
 from rlhf_nb.config import PPOConfig
+from rlhf_nb.program import main
 from rlhf_nb.rewards import RewardModel
 from rlhf_nb.testing import tiny_policy
 from rlhf_nb.trainer import PPOTrainer

@@ -9,7 +9,8 @@ import torch
 from test_cli import short
 from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
-from rlhf_nb.cli import NAMES, main
+from rlhf_nb.cli import NAMES
+from rlhf_nb.program import main
 from rlhf_nb.testing import tiny_policy, tiny_reward_model
 
 NUMBERS = {  # The original's names, and today's
