@@ -169,7 +169,7 @@ RUNS = {
         "PPO, no pretraining": (sorting, dict(updates=30) | UNTAUGHT),
         "PPO, oracle": (sorting, dict(updates=30, trainer=Oracle) | UNTAUGHT),
     },
-    "sorting": {"PPO": (sorting, {})} | {name: rival(name) for name in BEST},
+    "sorting": {"PPO": (sorting, {})} | {name: rival(name) for name in PEERS},
     "ideas": {name: (sorting, dict(updates=20) | idea) for name, idea in IDEAS.items()},
     "clinic": {"PPO": (clinic, CLINIC_CRITIC), "demo": (clinic, {})} | {
         name: (clinic, dict(name=name, beta=.02)) for name in PEERS} | {

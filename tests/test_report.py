@@ -1,18 +1,25 @@
 "The report: what it reads from the folder of a run, what it says and draws."
+import io
 import json
 import re
+import time
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from markupsafe import Markup
+from rich.console import Console
+from transformers import TrainerControl, TrainerState
 
 from rlhf_nb import page as report
 from rlhf_nb.config import PPOConfig
-from rlhf_nb.diagnosis import Finding
+from rlhf_nb.diagnosis import Doctor, Finding
 from rlhf_nb.hub import run_settings
+from rlhf_nb.metrics import HEADLINES, TRUE_REWARD
 from rlhf_nb.page import Run, page, write_report
+from rlhf_nb.report import Block, Lines
 
 ATTACK = "<script>document.title = 'attacked'</script>"
 ANSWERS = [ATTACK, "多喝水，早点睡。", "Drink water. " * 40, "https://example.com/" + "long" * 100,
@@ -64,6 +71,26 @@ def pair(run) -> Run:
     "A run with six completions before and after."
     return run._replace(before=table([0.] * 6, [1.] * 6), after=table([-1., 5., 2., 3., 1., None],
                                                                       [1., .5, 1., 1., 1., 1.]))
+
+
+def test_a_long_log_costs_no_more_per_entry_than_a_short_one():
+    "100,000 entries, then 300 more: what reads the whole log for each of them takes 20 ms an entry or more."
+    keys = [*HEADLINES, "reward_std", TRUE_REWARD, "policy/clipfrac_avg", "completions/mean_length"]
+    entries = [{"step": i, **{key: i + .5 for key in keys}} for i in range(100_301)]
+    args = PPOConfig(report_to="none")
+    state = TrainerState(max_steps=200_000, is_world_process_zero=True, log_history=entries[:100_000])
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=40)
+    views = [Lines(), Block(lambda: None, console), Doctor()]
+    with redirect_stderr(io.StringIO()):
+        for view in views: view.on_train_begin(args, state, TrainerControl())
+        for view in views: view.on_log(args, state, TrainerControl())
+        start = time.process_time()
+        for entry in entries[100_000:]:
+            state.log_history.append(entry)
+            for view in views: view.on_log(args, state, TrainerControl())
+        spent = time.process_time() - start
+        for view in views: view.on_train_end(args, state, TrainerControl())
+    assert spent < 300 * .005
 
 
 def test_the_newest_state_is_read(out):
