@@ -399,7 +399,8 @@ def load_prompts(args: DataArguments,                               # What to re
             if n == len(data["train"]): raise ValueError("validation_split_percentage leaves nothing to train on")
             data["validation"] = data["train"].take(n)
             data["train"] = data["train"].skip(n)
-    both = set(data["train"]["prompt"]) & set(data["validation"]["prompt"]) if "validation" in data else ()
+    prompts = [set(split["prompt"][:]) for split in data.values()] # [:] reads a column at once
+    both = set.intersection(*prompts) if "validation" in data else ()
     if both: logger.warning("%d validation prompts are training prompts, too", len(both))
     limits = dict(train=args.max_train_samples, validation=args.max_eval_samples)
     return DatasetDict({name: split.select(range(len(split))[:limits[name]]) for name, split in data.items()})
