@@ -221,7 +221,9 @@ class Parser(TrlParser):
     def refuse(self, unknown: list[str]): # Words from the command line or the file
         "`ValueError` if there are any, with today's name or the nearest one."
         names = [word[2:].split("=")[0] for word in unknown if word.startswith("--")]
-        if names: raise ValueError(unknown_settings(names, [*(action.dest for action in self._actions), *NAMES]))
+        known = [action.dest for action in self._actions]
+        known += [old for old, today in NAMES.items() if today in known]
+        if names: raise ValueError(unknown_settings(names, known))
         if unknown: raise ValueError(f"unexpected {' '.join(unknown)}")
 
 
@@ -645,8 +647,6 @@ def run(command: str,
     "A command, with errors of one line, and the exit status 2 where the input is wrong."
     told, _ = program_flags(argv)
     quiet_libraries(told.quiet)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     quietly = ["--disable_tqdm", "True"] * (told.quiet and command in ("train", "demo", "plan", "eval"))
     try: COMMANDS[command].run([*argv, *quietly])
     except KeyboardInterrupt: sys.exit(130)
@@ -660,3 +660,6 @@ def run(command: str,
         tell_launcher(text)
         if first_to_report("error"): print(f"rlhf-nb {command}: {text}", file=sys.stderr)
         sys.exit(1 if isinstance(e, (RunError, PeerLost)) else 2)
+
+
+if __name__ == "__main__": sys.exit("The program is python -m rlhf_nb")

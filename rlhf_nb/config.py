@@ -427,8 +427,8 @@ def check_together(args: PPOConfig):
             "beta=0 means no reference: adap_kl_ctrl, kl_in_loss and sync_ref_model need a positive beta",
         ),
         (
-            args.importance_sampling_level == "sequence" and top < .01,
-            f"epsilon={top} is GSPO's: there a completion's ratio is a mean over tokens, here it is the product; "
+            args.importance_sampling_level == "sequence" and args.epsilon < .01,
+            f"epsilon={args.epsilon} is GSPO's: its ratio is a mean over tokens, this one is their product; "
              "0.2, for example",
         ),
         (

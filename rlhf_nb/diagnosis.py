@@ -108,8 +108,9 @@ def held_out(run: Diagnosis) -> tuple[str, list[float], float]: # Its key, its v
     for key in (f"eval_{TRUE_REWARD}", TRUE_REWARD, "eval_reward"):
         values, error = run.logged[key], 0.
         if key == TRUE_REWARD:
-            now = len(values) >= 50 and len(values) % (len(values) // 50) == 0 # In a long log not at each entry
-            tenths = np.array_split(values, 10) if now else []
+            enough = len(values) >= 50
+            if enough and len(values) % (len(values) // 50): break # In a long log not at each entry
+            tenths = np.array_split(values, 10) if enough else []
             values = [tenth.mean() for tenth in tenths]
             if values: error = mean(tenth.std(ddof=1) / len(tenth) ** .5 for tenth in tenths)
         if len(values) > 1: return key, values, error

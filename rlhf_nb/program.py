@@ -6,15 +6,18 @@ What it knows of the settings is in `templates/options.json`, which `tools/optio
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
+from importlib.metadata import version
 from importlib.resources import files
 from typing import NoReturn
 
 from . import __version__
 from .tables import unknown_settings
 
-OPTIONS = json.loads(files("rlhf_nb").joinpath("templates/options.json").read_text(encoding="utf-8")) # By command
+TABLE = json.loads(files("rlhf_nb").joinpath("templates/options.json").read_text(encoding="utf-8"))
+LIBRARIES, OPTIONS = TABLE["libraries"], TABLE["commands"] # Versions that the table is of; settings by command
 HELP_AT = 42  # Column
 AFTER_HELP = """--config FILE.yaml reads the same names; --quiet shows results and warnings only;
 --debug shows where an error came from."""
@@ -30,10 +33,11 @@ class Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     "The settings of a command by groups, each with what it takes, what it does and its default."
     def __init__(self, name: str): # Of the command
-        does, positionals, groups = OPTIONS[name].values()
+        does, positionals, groups, off = OPTIONS[name].values()
         super().__init__(f"rlhf-nb {name}", description=does, add_help=False, allow_abbrev=False)
         self.first = [self.add_argument(at, nargs=n, metavar=at.upper()) for at, n in positionals.items()]
         self.groups = {title: [self.add_setting(told) for told in group] for title, group in groups.items()}
+        for each in off: self.add_argument(f"--{each}", action="store_false", help=argparse.SUPPRESS)
 
     def add_setting(self, told: dict) -> argparse.Action:
         "An option as `tools/options.py` describes it; without help it is hidden."
@@ -55,10 +59,12 @@ class Parser(argparse.ArgumentParser):
         return page.format_help()
 
     def unknown(self, words: list[str]) -> str | None: # For an error message
-        "What can be said of unknown settings among the words without a look at files; None: nothing."
-        names = [word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")]
-        if "RANK" in os.environ or not {"config", "accelerate_config"}.isdisjoint(names): return None
-        known = [action.dest for group in self.groups.values() for action in group]
+        "What can be said of unknown settings among the words without torch; None: nothing, and `cli` may say more."
+        names = [word[2:].split("=")[0] for word in words if word.startswith("--")]
+        names = [name.replace("-", "_") for name in names if " " not in name] # Else it is a value
+        others = {name: version(name) for name in LIBRARIES} != LIBRARIES # They may have other settings
+        if others or "RANK" in os.environ or not {"config", "accelerate_config"}.isdisjoint(names): return None
+        known = [action.dest for action in self._actions]
         wrong = [name for name in names if name not in {*known, "debug", "quiet"}]
         return unknown_settings(wrong, known) if wrong else None
 
@@ -80,7 +86,8 @@ def completion(words: list[str]):
     "Print what a shell (bash, zsh, ...) needs to complete commands and settings."
     import shtab  # Not above: a tenth of a second
 
-    shell = Parser("completion").parse_args([word for word in words if word not in ("--debug", "--quiet")]).shell
+    words = [word for word in words if not re.fullmatch(r"--(debug|quiet)(=.*)?", word)]
+    shell = Parser("completion").parse_args(words).shell
     if shell not in shtab.SUPPORTED_SHELLS:
         raise ValueError(f"{shell}: must be one of {', '.join(shtab.SUPPORTED_SHELLS)}")
     print(shtab.complete(program(complete=True), shell))
@@ -95,12 +102,15 @@ def fail(command: str, message: str) -> NoReturn:
 def main(argv: list[str] | None = None): # Default: the program's own
     "The program `rlhf-nb`."
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     top, words = program(), argv[1:]
     command = top.parse_args(argv[:1]).command
     if command is None: return top.print_help()
     parser = Parser(command)
-    if not {"-h", "--help"}.isdisjoint(words): return parser.print_help()
-    if unknown := parser.unknown(words): fail(command, unknown)
+    flags = words[:words.index("--")] if "--" in words else words
+    if not {"-h", "--help"}.isdisjoint(flags): return parser.print_help()
+    if unknown := parser.unknown(flags): fail(command, unknown)
     if command == "completion":
         try: return completion(words)
         except ValueError as e: fail(command, str(e))

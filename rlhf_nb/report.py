@@ -144,12 +144,12 @@ class View(TrainerCallback):
         self.is_open = False
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self.is_open: self.close()
         self.state = state
         self.began = time.monotonic()
         self.first = state.global_step
         self.target = args.adap_kl_target if args.adap_kl_ctrl else None
         self.entries, self.found = 0, {find_metric(key).label: [] for key in SHOWN}
-        if self.is_open: self.close()
         if not state.is_world_process_zero: return
         self.open()
         self.show()
@@ -203,7 +203,7 @@ class Redrawn(View):
     "A view that is replaced in place."
     def open(self):
         super().open()
-        self.due = 0.
+        self.due = self.cost = 0.
 
     def close(self):
         super().close()
@@ -211,9 +211,10 @@ class Redrawn(View):
 
     def show(self, logged: bool = False):
         start = time.monotonic()
-        if start < self.due: return
+        if start < self.due and not (logged and self.cost < .01): return
         self.draw()
-        self.due = time.monotonic() + max(.5, 20 * (time.monotonic() - start))
+        self.cost = time.monotonic() - start
+        self.due = time.monotonic() + max(.5, 20 * self.cost)
 
     def draw(self):
         "Show what there is now."
@@ -245,10 +246,11 @@ class Block(Redrawn):
         atexit.register(self.close)
 
     def close(self):
-        super().close()
-        self.live.stop()
-        if sys.excepthook == self.on_exception: sys.excepthook = self.excepthook
-        atexit.unregister(self.close)
+        try: super().close()
+        finally:
+            self.live.stop()
+            if sys.excepthook == self.on_exception: sys.excepthook = self.excepthook
+            atexit.unregister(self.close)
 
     def on_exception(self, *what): # Type, value and traceback
         self.close()

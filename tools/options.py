@@ -2,6 +2,7 @@
 import argparse
 import json
 from dataclasses import MISSING, Field, fields
+from importlib.metadata import version
 from pathlib import Path
 
 from rlhf_nb.cli import CLINIC, COMMANDS, NAMES, Parser
@@ -52,15 +53,17 @@ def command(name: str) -> dict:
     originals = [(old, today) for old, today in NAMES.items() if today in found]
     groups[ORIGINAL] = [described(found[today], today) | dict(name=old) for old, today in originals]
     if TRAINING in groups: groups[TRAINING] = groups.pop(TRAINING)
+    off = [action.option_strings[0].lstrip("-") for action in parser._actions if action.const is False]
     return dict(does=parser.description, positionals=COMMANDS[name].positionals,
-                groups={title: group for title, group in groups.items() if group})
+                groups={title: group for title, group in groups.items() if group}, off=off)
 
 
 def options() -> str:
     "The file."
     told = {name: command(name) for name in COMMANDS}
-    told["completion"] = dict(does=completion.__doc__, positionals=dict(shell=None), groups={})
-    return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
+    told["completion"] = dict(does=completion.__doc__, positionals=dict(shell=None), groups={}, off=[])
+    libraries = {name: version(name) for name in ("transformers", "trl")}
+    return json.dumps(dict(libraries=libraries, commands=told), indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__": OUT.write_text(options(), encoding="utf-8")
