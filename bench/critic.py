@@ -82,6 +82,24 @@ class GroupMean(Pretrained):
         return super().step(rollout._replace(values=values), scores)
 
 
+class Signal(Pretrained):
+    "Prompts whose completions are all right or all wrong are left out (DAPO)."
+
+    def step(self, rollout, scores):
+        groups = scores.total.view(-1, self.args.num_generations)
+        alike = (groups == groups[:, :1]).all(1).repeat_interleave(self.args.num_generations)
+        return super().step(rollout, scores._replace(total=scores.total.masked_fill(alike, float("nan"))))
+
+
+class Imitate(Pretrained):
+    "Right completions are learned from as answers, too; `ptx_coef` is the weight of their likelihood (VAPO)."
+
+    def step(self, rollout, scores):
+        right = rollout.tokens.response_mask * (scores.total > 0)[:, None]
+        self.learner.supervised_answers = lambda rows, tok: (rollout.tokens.response_ids, right)
+        return super().step(rollout, scores)
+
+
 UNTAUGHT = dict(critic_pretraining_steps=0, critic_pretraining_learning_rate=None)
 TOKEN = dict(importance_sampling_level="token")
 # One idea at a time, in place of the recommended settings
@@ -99,7 +117,11 @@ IDEAS = {
     "epsilon = 0.1": dict(epsilon=.1),
     "advantages not whitened": dict(normalize_advantages=False),
     "explained-variance gate, no pretraining": dict(trainer=Gate) | UNTAUGHT,
+    "8 completions": dict(num_generations=8),
     "8 completions, group mean": dict(trainer=GroupMean, num_generations=8),
+    "8 completions, none without signal": dict(trainer=Signal, num_generations=8),
+    "epsilon_high = 0.28": dict(epsilon_high=.28),
+    "right completions imitated, 0.1": dict(trainer=Imitate, ptx_coef=.1),
 }
 
 
