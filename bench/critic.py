@@ -10,7 +10,7 @@ from tempfile import mkdtemp
 
 import torch
 from datasets import Dataset
-from learning import PHASES, course, peer, ppo, unseen
+from learning import PHASES, course, optimizer_steps, peer, ppo, unseen
 from peft import LoraConfig
 from psutil import pid_exists
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
@@ -138,7 +138,7 @@ def sorting(
 ) -> dict:
     "A run in the sorting world."
     mine = issubclass(trainer, PPOTrainer)
-    steps = 1 if mine else settings.get("num_iterations", 1) * settings.get("steps_per_generation", 1)
+    steps = 1 if mine else optimizer_steps(settings)
     config = PPOConfig if mine else {RLOOTrainer: RLOOConfig, GRPOTrainer: GRPOConfig}[trainer]
     rows = sorting_rows(4000, seed=1)
     same = dict(output_dir=mkdtemp(), max_steps=updates * steps, per_device_train_batch_size=64,

@@ -97,6 +97,11 @@ CONTROLS = dict(
 PEERS = dict(RLOO=(RLOOTrainer, RLOOConfig, 4e-3), GRPO=(GRPOTrainer, GRPOConfig, 2e-3)) # The best of three rates
 
 
+def optimizer_steps(settings: dict) -> int: # Of a peer; TRL counts them where we count updates
+    "Of an update."
+    return settings.get("num_iterations", 1) * settings.get("steps_per_generation", 1)
+
+
 def peer(name: str,              # A key of `PEERS`
          folder: str | Path,     # For what the run writes
          seed: int = 0,
@@ -105,7 +110,7 @@ def peer(name: str,              # A key of `PEERS`
     "A run of one of TRL's trainers: same policy, reward, prompts, adapter, temperature, schedule and completions."
     trainer_class, config_class, learning_rate = PEERS[name]
     model_args, _, args, *_ = demo_parser().build(dict(output_dir=str(folder)))
-    steps = settings.get("num_iterations", 1) * settings.get("steps_per_generation", 1) # Optimizer steps of an update
+    steps = optimizer_steps(settings)
     same = dict(
         output_dir=str(folder),
         per_device_train_batch_size=args.generation_batch_size,

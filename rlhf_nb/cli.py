@@ -595,7 +595,7 @@ def report(argv: list[str]):
     )
 
 
-# Of the program
+# All commands
 
 class Command(NamedTuple):
     "What a command does, and what it can be told."

@@ -62,11 +62,12 @@ class Parser(argparse.ArgumentParser):
         "What can be said of unknown settings among the words without torch; None: nothing, and `cli` may say more."
         names = [word[2:].split("=")[0] for word in words if word.startswith("--")]
         names = [name.replace("-", "_") for name in names if " " not in name] # Else it is a value
-        others = {name: version(name) for name in LIBRARIES} != LIBRARIES # They may have other settings
-        if others or "RANK" in os.environ or not {"config", "accelerate_config"}.isdisjoint(names): return None
+        if "RANK" in os.environ or not {"config", "accelerate_config"}.isdisjoint(names): return None
         known = [action.dest for action in self._actions]
         wrong = [name for name in names if name not in {*known, "debug", "quiet"}]
-        return unknown_settings(wrong, known) if wrong else None
+        # Libraries of other versions may have other settings
+        if not wrong or {name: version(name) for name in LIBRARIES} != LIBRARIES: return None
+        return unknown_settings(wrong, known)
 
 
 def program(complete: bool = False) -> argparse.ArgumentParser: # With the settings of each command?

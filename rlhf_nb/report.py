@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADINGS', 'SHOWN', 'TEMPLATES', 'summarise', 'summary_table', 'Chart', 'values_of', 'draw', 'curves', 'plain',
-           'as_cell', 'samples_table', 'sample_columns', 'table_html', 'View', 'Lines', 'Redrawn', 'sparkline', 'Block',
+           'as_cell', 'samples_table', 'sample_columns', 'table_html', 'View', 'Lines', 'sparkline', 'Block',
            'Notebook', 'in_notebook', 'ipython_shell', 'make_view']
 
 # %% ../nbs/08_report.ipynb #5e7716c9
@@ -138,7 +138,7 @@ def table_html(table: pd.DataFrame,          # Texts and numbers
 SHOWN = [*HEADLINES, "eval_reward", f"eval_{TRUE_REWARD}"]
 
 class View(TrainerCallback):
-    "Knows where a run is and how long it will take; its subclasses show that in `show`."
+    "Knows where a run is and how long it will take; its subclasses show that in `draw`, or in `show`."
     def __init__(self, samples: Callable[[], pd.DataFrame | None] = lambda: None): # The newest completions
         self.samples = samples
         self.is_open = False
@@ -163,12 +163,24 @@ class View(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.is_open: self.close()
 
-    def open(self): self.is_open = True
+    def open(self):
+        self.is_open = True
+        self.due = self.cost = 0. # When to draw again, and how long it took; seconds
 
-    def close(self): self.is_open = False
+    def close(self):
+        self.is_open = False
+        self.draw()
 
     def show(self, logged: bool = False): # Is there a new log entry?
-        "Draw, or not."
+        "Draw, at most twice a second and for at most a twentieth of the time; a log entry at once where that is cheap."
+        start = time.monotonic()
+        if start < self.due and not (logged and self.cost < .01): return
+        self.draw()
+        self.cost = time.monotonic() - start
+        self.due = time.monotonic() + max(.5, 20 * self.cost)
+
+    def draw(self):
+        "Replace what is shown by what there is now."
 
     @property
     def values(self) -> dict[str, list[float]]: # By label; oldest first
@@ -198,27 +210,6 @@ class Lines(View):
     def show(self, logged: bool = False):
         if logged and "train_runtime" not in self.state.log_history[-1]: print(self.line, file=sys.stderr, flush=True)
 
-# %% ../nbs/08_report.ipynb #4d1e5a01
-class Redrawn(View):
-    "A view that is replaced in place."
-    def open(self):
-        super().open()
-        self.due = self.cost = 0.
-
-    def close(self):
-        super().close()
-        self.draw()
-
-    def show(self, logged: bool = False):
-        start = time.monotonic()
-        if start < self.due and not (logged and self.cost < .01): return
-        self.draw()
-        self.cost = time.monotonic() - start
-        self.due = time.monotonic() + max(.5, 20 * self.cost)
-
-    def draw(self):
-        "Show what there is now."
-
 # %% ../nbs/08_report.ipynb #8fe7dbca
 def sparkline(values: list[float], # Finite
               width: int = 40,     # Characters
@@ -230,7 +221,7 @@ def sparkline(values: list[float], # Finite
     return "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
 
 # %% ../nbs/08_report.ipynb #d677eaab
-class Block(Redrawn):
+class Block(View):
     "A live block in a terminal."
     def __init__(self, samples: Callable[[], pd.DataFrame | None], console: Console):
         super().__init__(samples)
@@ -275,7 +266,7 @@ class Block(Redrawn):
 TEMPLATES = Environment(loader=PackageLoader("rlhf_nb"), autoescape=select_autoescape(), undefined=StrictUndefined,
                         trim_blocks=True, lstrip_blocks=True)
 
-class Notebook(Redrawn):
+class Notebook(View):
     "A page that is replaced in place; as text, a line."
     def __repr__(self) -> str: return self.line
 
