@@ -8,7 +8,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
-    BloomForCausalLM,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     Gemma3TextConfig,
@@ -22,12 +21,7 @@ from transformers import (
 from rlhf_nb.testing import DECODERS as SMALL
 from rlhf_nb.testing import shipped_rows
 
-SHAPES = {  # Layers, heads, hidden size and vocabulary of policy and reward model; work of an update; updates to time
-    "560m": dict(policy=(24, 16, 1024, 250880), reward=(24, 16, 1024, 128100),
-                 batch=2, minibatches=2, prompt=256, response=256, epochs=4, steps=3),
-    "tiny": dict(policy=(4, 4, 256, 8000), reward=(2, 4, 128, 6000),
-                 batch=32, minibatches=4, prompt=64, response=48, epochs=4, steps=10),
-}
+IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=3)
 GEMMA3 = dict(vocab_size=262144, num_attention_heads=4, num_key_value_heads=1, head_dim=256, query_pre_attn_scalar=256,
               sliding_window=512)
 DECODERS = {  # Architecture, and the shape that its publisher gave it
@@ -42,6 +36,38 @@ DECODERS = {  # Architecture, and the shape that its publisher gave it
         GEMMA3, hidden_size=640, intermediate_size=2048, num_hidden_layers=18)),
     "Gemma 3 1B": ("gemma3", Gemma3TextConfig, dict(
         GEMMA3, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26)),
+}
+
+
+def bloom(layers: int, heads: int, hidden: int, vocab: int) -> BloomConfig:
+    "BLOOM of this shape."
+    return BloomConfig(vocab_size=vocab, hidden_size=hidden, n_layer=layers, n_head=heads, **IDS)
+
+
+def deberta(layers: int, heads: int, hidden: int, vocab: int) -> DebertaV2Config:
+    "DeBERTa v3 of this shape, with a score."
+    return DebertaV2Config(
+        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=4 * hidden, relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm",
+        share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, max_position_embeddings=512,
+        type_vocab_size=0, pooler_hidden_size=hidden, num_labels=1, pad_token_id=0)
+
+
+def decoder_config(name: str, quick: bool = False) -> PretrainedConfig: # A key of `DECODERS`; quick: a tiny one
+    "The configuration of a decoder, with the special tokens of `POLICY_TOKENS`."
+    arch, kind, shape = DECODERS[name]
+    return SMALL[arch](vocab_size=1000, **IDS) if quick else kind(**shape, **IDS)
+
+
+TODAY = dict(reward=deberta(2, 4, 128, 6000), batch=16, minibatches=1, prompt=64, response=64, epochs=(1, 4),
+             steps=3)
+SHAPES = {  # Configurations of policy and reward model; work of an update; passes and updates to time
+    "gemma3-270m": dict(TODAY, policy=decoder_config("Gemma 3 270M")),
+    "qwen3-0.6b": dict(TODAY, policy=decoder_config("Qwen3 0.6B")),
+    "560m": dict(policy=decoder_config("BLOOM 560m"), reward=deberta(24, 16, 1024, 128100),
+                 batch=2, minibatches=2, prompt=256, response=256, epochs=(4,), steps=3),
+    "tiny": dict(policy=bloom(4, 4, 256, 8000), reward=deberta(2, 4, 128, 6000),
+                 batch=32, minibatches=4, prompt=64, response=48, epochs=(4,), steps=10),
 }
 POLICY_TOKENS = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 REWARD_TOKENS = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]", mask_token="[MASK]")
@@ -81,13 +107,6 @@ def on_device() -> torch.device: # As a context: new tensors are made there
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def decoder_config(name: str, quick: bool = False) -> PretrainedConfig: # A key of `DECODERS`; quick: a tiny one
-    "The configuration of a decoder, with the special tokens of `POLICY_TOKENS`."
-    arch, kind, shape = DECODERS[name]
-    ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=3)
-    return SMALL[arch](vocab_size=1000, **ids) if quick else kind(**shape, **ids)
-
-
 def random_decoder(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     "A model with the same random weights whenever it is made on this device."
     torch.manual_seed(0)
@@ -96,32 +115,23 @@ def random_decoder(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
 
 def make(shape: str,
          out: Path,
-         dtype: torch.dtype = torch.float32, # In which weights are written
-         every_token: bool = False,          # See `with_every_token`
+         dtype: torch.dtype = torch.bfloat16, # Of the policy's weights; the reward model's are float32, as published
 ):
     "Write policy/, reward/ and prompts.jsonl."
     texts = ["\n".join(filter(None, (r["instruction"], r["input"], r["output"]))) for r in shipped_rows()]
     s = SHAPES[shape]
     torch.manual_seed(0)
-    layers, heads, hidden, vocab = s["policy"]
-    tok = train_tokenizer(texts, min(vocab, 8000), POLICY_TOKENS)
-    (with_every_token(tok, vocab) if every_token else tok).save_pretrained(out/"policy")
-    policy = BloomConfig(vocab_size=vocab, hidden_size=hidden, n_layer=layers, n_head=heads, bos_token_id=1,
-                         eos_token_id=2, pad_token_id=3)
-    with on_device(): BloomForCausalLM(policy).to(dtype).save_pretrained(out/"policy")
+    policy, reward = s["policy"], s["reward"]
+    tok = train_tokenizer(texts, min(policy.vocab_size, 8000), POLICY_TOKENS)
+    with_every_token(tok, policy.vocab_size).save_pretrained(out/"policy")
+    random_decoder(policy, dtype).save_pretrained(out/"policy")
     ids = tok(" ".join(texts)).input_ids
     n = s["prompt"] + 40
     with open(out/"prompts.jsonl", "w", encoding="utf-8") as file:
         for i in range(0, len(ids) - n, n):
             file.write(json.dumps(dict(prompt=tok.decode(ids[i:i + n])), ensure_ascii=False) + "\n")
-    layers, heads, hidden, vocab = s["reward"]
-    train_tokenizer(texts, min(vocab, 6000), REWARD_TOKENS).save_pretrained(out/"reward")
-    reward = DebertaV2Config(
-        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=4 * hidden, relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm",
-        share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, max_position_embeddings=512,
-        type_vocab_size=0, pooler_hidden_size=hidden, num_labels=1, pad_token_id=0)
-    with on_device(): DebertaV2ForSequenceClassification(reward).to(dtype).save_pretrained(out/"reward")
+    train_tokenizer(texts, min(reward.vocab_size, 6000), REWARD_TOKENS).save_pretrained(out/"reward")
+    with on_device(): DebertaV2ForSequenceClassification(reward).save_pretrained(out/"reward")
 
 
 if __name__ == "__main__": make(sys.argv[1], Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Time our PPOTrainer; the last line is JSON: ours.py MODELS SHAPE [--steps 3] [--dtype bfloat16] [--int8]"""
+"""Time our PPOTrainer; the last line is JSON: ours.py MODELS SHAPE [--steps 3] [--epochs N] [--dtype bfloat16]"""
 import argparse
 import json
 import tempfile
@@ -17,7 +17,7 @@ parser.add_argument("models")
 parser.add_argument("shape", choices=SHAPES)
 parser.add_argument("--steps", type=int, default=3)
 parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-parser.add_argument("--int8", action="store_true")
+parser.add_argument("--epochs", type=int, help="passes over an update's completions; default: the shape's")
 args = parser.parse_args()
 s = SHAPES[args.shape]
 
@@ -29,13 +29,12 @@ with tempfile.TemporaryDirectory() as out:
             output_dir=out,
             per_device_train_batch_size=s["batch"] // s["minibatches"],
             steps_per_generation=s["minibatches"],
-            num_iterations=s["epochs"],
+            num_iterations=args.epochs or s["epochs"][-1],
             max_steps=args.steps,
             learning_rate=1e-5,
             max_prompt_length=s["prompt"],
             max_completion_length=s["response"],
             min_completion_length=s["response"],
-            rollout_int8=args.int8,
             bf16=args.dtype == "bfloat16",
             fp16=args.dtype == "float16",
             report_to="none",

@@ -4,14 +4,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from models import SHAPES, make
+from models import SHAPES, bloom, deberta, make
 
 from rlhf_nb.cli import as_flags, train_parser
 from rlhf_nb.memory import Device, plan
 
 MODELS = {  # As in `SHAPES`; prompts are as long as any setting here asks for
-    "medium": dict(policy=(12, 12, 768, 100_000), reward=(6, 12, 768, 50_000), prompt=256),
-    "small": dict(policy=(6, 8, 512, 50_000), reward=(4, 8, 512, 20_000), prompt=256),
+    "medium": dict(policy=bloom(12, 12, 768, 100_000), reward=deberta(6, 12, 768, 50_000), prompt=256),
+    "small": dict(policy=bloom(6, 8, 512, 50_000), reward=deberta(4, 8, 512, 20_000), prompt=256),
     "560m": SHAPES["560m"],
 }
 LONG = dict(dtype="bfloat16", num_iterations=1, max_prompt_length=256, max_completion_length=128,

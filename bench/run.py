@@ -1,4 +1,4 @@
-"""Our PPOTrainer, TRL's last one, and the limits of the machine: run.py WORK PEER_PYTHON RESULTS [SHAPE ...]"""
+"""Our PPOTrainer, TRL's trainers, and the limits of the machine: run.py WORK PEER_PYTHON RESULTS [SHAPE ...]"""
 import json
 import subprocess
 import sys
@@ -10,10 +10,14 @@ import torch
 from models import SHAPES, make
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 HERE = Path(__file__).parent
 # Keys of the results, and their names
 PHASES = dict(write="generate", look="log-probs", reward="rewards", update="update")
+PEERS = dict(ppo="TRL 1.12 PPO", rloo="TRL 1.16 RLOO")
+PEER_UPDATES = 2
 
 
 def best_of(work, n: int = 5) -> float: # Seconds
@@ -38,19 +42,20 @@ def machine() -> dict[str, float]:
                 cores=torch.get_num_threads())
 
 
-def weights(layers: int, hidden: int) -> int:
-    "In the layers of a transformer."
-    return 12 * layers * hidden ** 2
+def weights(config: PretrainedConfig, auto: type) -> tuple[int, int]: # In all layers, and in the output layer
+    "Numbers in the matrices that a token is multiplied with."
+    with torch.device("meta"): model = auto.from_config(config)
+    head = model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    return linear, 0 if head is None else head.weight.numel()
 
 
-def floor(shape: str, rates: dict[str, float]) -> dict[str, float]: # Seconds by phase
+def floor(shape: str, epochs: int, rates: dict[str, float]) -> dict[str, float]: # Seconds by phase
     "What bytes and operations alone would take, weights in two bytes, adapters and attention not counted."
     s = SHAPES[shape]
     read, operations = rates["read"], rates["operations"]
-    layers, _, hidden, vocab = s["policy"]
-    body, head = weights(layers, hidden), hidden * vocab
-    layers, _, hidden, _ = s["reward"]
-    reward = weights(layers, hidden)
+    body, head = weights(s["policy"], AutoModelForCausalLM)
+    reward, _ = weights(s["reward"], AutoModelForSequenceClassification)
     both = s["prompt"] + s["response"]
     forward = 2 * s["batch"] * (body * both + head * s["response"])
     token = max(2 * (body + head) / read, 2 * s["batch"] * (body + head) / operations)
@@ -58,7 +63,7 @@ def floor(shape: str, rates: dict[str, float]) -> dict[str, float]: # Seconds by
         write=s["response"] * token + 2 * s["batch"] * body * s["prompt"] / operations,
         look=2 * forward / operations,
         reward=2 * s["batch"] * reward * min(both, 512) / operations,
-        update=2 * s["epochs"] * forward / operations,
+        update=2 * epochs * forward / operations,
     )
 
 
@@ -69,63 +74,67 @@ def last_line(*command) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def medians(steps: list[dict[str, float]]) -> dict[str, float]:
-    "By phase."
-    return {phase: median(step[phase] for step in steps) for phase in PHASES}
+def later(seconds: list[float]) -> float:
+    "The median of all updates but the first, which is told apart."
+    return median(seconds[1:] or seconds)
 
 
-def measure(shape: str, work: Path, peer: str) -> dict:
-    "Ours, theirs, ours, because a machine may change its pace; then ours with completions generated in int8."
-    steps = SHAPES[shape]["steps"]
-    models = work/shape
-    if not (models/"prompts.jsonl").exists(): make(shape, models)
-    ours = [sys.executable, HERE/"ours.py", models, shape, "--steps", steps]
-    before = last_line(*ours)
-    theirs = last_line(peer, HERE/"peer.py", models, json.dumps(SHAPES[shape]), "--steps", steps)
-    after = last_line(*ours)
-    int8 = last_line(*ours, "--int8")
+def measure(shape: str, epochs: int, models: Path, python: str) -> dict:
+    "Ours, theirs, ours, because a machine may change its pace."
+    ours = [sys.executable, HERE/"ours.py", models, shape, "--steps", SHAPES[shape]["steps"], "--epochs", epochs]
+    numbers = {name: x for name, x in SHAPES[shape].items() if name not in ("policy", "reward")} | dict(epochs=epochs)
+    runs = [last_line(*ours)]
+    peers = dict(
+        ppo=last_line(python, HERE/"peer.py", models, json.dumps(numbers), "--steps", PEER_UPDATES),
+        rloo=last_line(sys.executable, HERE/"peer_rloo.py", models, shape, "--steps", PEER_UPDATES, "--epochs", epochs),
+    )
+    runs.append(last_line(*ours))
+    steps = [step for run in runs for step in run["steps"][1:]]
     return dict(
-        ours=medians(before["steps"] + after["steps"]),
-        seconds=median(before["seconds"] + after["seconds"]),
-        peak_gb=max(before["peak_gb"], after["peak_gb"]),
-        their_seconds=median(theirs["seconds"]),
-        their_peak_gb=theirs["peak_gb"],
-        steps=steps,
-        int8=medians(int8["steps"]),
-        int8_seconds=median(int8["seconds"]),
+        ours={phase: median(step[phase] for step in steps) for phase in PHASES},
+        seconds=later([0., *(sum(step.values()) for step in steps)]),
+        first=max(run["seconds"][0] for run in runs),
+        peak_gb=max(run["peak_gb"] for run in runs),
+        peers={name: dict(seconds=later(found["seconds"]), peak_gb=found["peak_gb"]) for name, found in peers.items()},
     )
 
 
-def table(shape: str, found: dict, least: dict[str, float]) -> Table:
-    "Seconds of an update by phase."
-    s = SHAPES[shape]
-    ours, theirs, int8, shortest = found["seconds"], found["their_seconds"], found["int8_seconds"], sum(least.values())
+def table(shape: str, epochs: int, found: dict) -> Table:
+    "Seconds of an update by phase, and of the peers."
+    s, least = SHAPES[shape], found["floor"]
     both = s["prompt"] + s["response"]
-    tokens = dict(write=s["response"], look=2 * both, reward=both, update=s["epochs"] * both) # Of a completion
-    out = Table("", "seconds", "tokens/s", "floor, s", "times the floor", title=f"{shape}: one update, {ours:.1f} s")
+    tokens = dict(write=s["response"], look=2 * both, reward=both, update=epochs * both) # Of a completion
+    title = f"{shape}: one update, {epochs} pass{'es' * (epochs > 1)}"
+    out = Table("", "seconds", "tokens/s", "floor, s", "times the floor", "peak, GB", title=title)
     for phase, name in PHASES.items():
         spent = found["ours"][phase]
         rate = s["batch"] * tokens[phase] / spent
         out.add_row(name, f"{spent:.2f}", f"{rate:,.0f}", f"{least[phase]:.2f}", f"{spent / least[phase]:.1f}")
-    out.add_row("all", f"{ours:.2f}", "", f"{shortest:.2f}", f"{ours / shortest:.1f}")
-    out.add_row("TRL 1.12", f"{theirs:.2f}", "", "", f"{theirs / ours:.1f} times ours")
-    out.add_row("with rollout_int8", f"{int8:.2f}", "", "", f"TRL {theirs / int8:.1f} times that")
-    out.add_row("peak memory, GB", f"{found['peak_gb']:.2f}", "", "", f"TRL {found['their_peak_gb']:.2f}")
+    ours, shortest = found["seconds"], sum(least.values())
+    out.add_row("all", f"{ours:.2f}", "", f"{shortest:.2f}", f"{ours / shortest:.1f}", f"{found['peak_gb']:.2f}")
+    out.add_row("the first update", f"{found['first']:.2f}", "", "", f"{found['first'] / ours:.2f} times a later one")
+    for name, peer in found["peers"].items():
+        ratio = f"{peer['seconds'] / ours:.1f} times ours"
+        out.add_row(PEERS[name], f"{peer['seconds']:.2f}", "", "", ratio, f"{peer['peak_gb']:.2f}")
     return out
 
 
-def main(work: Path, peer: str, results: Path, shapes: list[str]):
+def main(work: Path, python: str, results: Path, shapes: list[str]):
     "Measure, print and save one shape after the other."
     found = json.loads(results.read_text()) if results.exists() else {}
-    for shape in shapes:
+    jobs = [(i, shape, epochs) for shape in shapes for i, epochs in enumerate(SHAPES[shape]["epochs"])]
+    for _, shape, epochs in sorted(jobs, key=lambda job: job[0]): # One pass of every shape first
         rates = machine()
         read, operations = rates["read"] / 1e9, rates["operations"] / 1e9
-        print(f"{rates['cores']} cores; {read:.0f} GB/s read, {operations:.0f} GFLOP/s in bfloat16")
-        found[shape] = measure(shape, work, peer) | dict(floor=floor(shape, rates), machine=rates)
-        Console().print(table(shape, found[shape], found[shape]["floor"]))
+        print(f"{rates['cores']} cores; {read:.0f} GB/s read, {operations:.0f} GFLOP/s in bfloat16", flush=True)
+        models = work/shape
+        if not (models/"prompts.jsonl").exists(): make(shape, models)
+        row = measure(shape, epochs, models, python) | dict(floor=floor(shape, epochs, rates), machine=rates)
+        found.setdefault(shape, {})[str(epochs)] = row
+        Console().print(table(shape, epochs, row))
         results.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    work, peer, results, *shapes = sys.argv[1:]
-    main(Path(work), peer, Path(results), shapes or list(SHAPES))
+    work, python, results, *shapes = sys.argv[1:]
+    main(Path(work), python, Path(results), shapes or list(SHAPES))

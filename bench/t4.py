@@ -48,7 +48,7 @@ def models_of(shape: str, work: Path) -> Path:
     "The folder with models and prompts; they are made if they are not there."
     folder = work/shape
     if not (folder/"prompts.jsonl").exists():
-        make(shape, folder, torch.float16 if on_gpu() else torch.float32, every_token=True)
+        make(shape, folder, torch.float16 if on_gpu() else torch.bfloat16)
     return folder
 
 
@@ -56,7 +56,7 @@ def tokens_of(shape: str) -> dict[str, int]:
     "Tokens that each phase of an update works on: generated ones, those the reward model reads, those passed through."
     s = SHAPES[shape]
     both = s["prompt"] + s["response"]
-    return dict(rollout=2 * s["response"], score=2 * min(both, 512), step=2 * s["epochs"] * both)
+    return dict(rollout=2 * s["response"], score=2 * min(both, 512), step=2 * s["epochs"][-1] * both)
 
 
 def phase_row(phase: str, trainer: PPOTrainer, tokens: int, planned: Plan) -> dict[str, Any]:

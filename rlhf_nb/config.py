@@ -190,9 +190,6 @@ class PPOConfig(TrainingArguments):
     ds3_gather_for_generation: bool = setting(
         True, "FSDP2 and ZeRO-3: gather all weights once per rollout; False: layer by layer for every token"
     )
-    rollout_int8: bool = setting(
-        False, "On a CPU: generate with int8 weights; importance weights correct for the difference"
-    )
     importance_sampling_cap: Positive = setting(
         2.0, "Largest importance weight of a token that was not sampled from the scored distribution"
     )
@@ -396,10 +393,6 @@ def check_together(args: PPOConfig):
         ),
         ("" in (args.stop_strings or []), "stop_strings: an empty text would end every completion"),
         (args.use_vllm and args.vllm_mode != "server", f"vllm_mode={args.vllm_mode}: {REFUSED['vllm_model_impl']}"),
-        (
-            args.use_vllm and args.rollout_int8,
-            "use_vllm and rollout_int8: choose one; the server decides on its own weights",
-        ),
         (
             args.use_vllm and not args.ds3_gather_for_generation,
             "use_vllm needs ds3_gather_for_generation: sharded weights are gathered to be sent",

@@ -1,12 +1,15 @@
 """Fast paths of the models: fused layers, log-probs without logits, packed weights and a cache for generation.
 
-Only int8 weights change results beyond rounding; `tests/test_kernels.py` compares all with the plain computation.
+No result changes beyond rounding: `tests/test_kernels.py` compares all with the plain computation.
 """
+import inspect
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import FunctionType
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +18,16 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.activations import GELUTanh, SiLUActivation
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomMLP, BloomModel, build_alibi_tensor
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from .distributed import is_gathered
 
@@ -96,6 +104,77 @@ class SdpaBloomAttention(BloomAttention):
             if layer_past is not None: k, v = layer_past.update(k, v, self.layer_idx)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2).flatten(2)
         return residual + F.dropout(self.dense(out), self.hidden_dropout, self.training), None
+
+
+class _GroupedAttention(torch.autograd.Function):
+    "Attention as matrix products, one for all heads that share keys and values: these are not repeated."
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale): # (B, heads, Q, size), (B, groups, N, size); True where it attends, or added
+        ctx.shapes = shape, *_ = [x.shape for x in (q, k, v)]
+        ctx.scale, N = scale, k.shape[2]
+        # Views of a cache would be copied for each product
+        if not ctx.needs_input_grad[1] and hasattr(k, "whole") and hasattr(v, "whole"): k, v = k.whole, v.whole
+        k, v = (x.flatten(0, 1).contiguous() for x in (k, v))
+        q = q.reshape(len(k), -1, q.shape[3])
+        scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+        if mask is not None or k.shape[1] > N:
+            parts = scores.view(*shape[:3], -1)
+            lowest = torch.finfo(parts.dtype).min
+            parts[..., N:] = lowest
+            some = parts[..., :N]
+            if mask is None: pass
+            elif mask.dtype == torch.bool: some.masked_fill_(~mask, lowest)
+            else: some += mask.clamp(min=lowest)
+        p = scores.softmax(-1)
+        ctx.save_for_backward(q, k, v, p)
+        return (p @ v).view(*shape[:3], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, p = ctx.saved_tensors
+        grad = grad.reshape(len(q), q.shape[1], -1)
+        # No public function computes it in one pass
+        scores = torch._softmax_backward_data(grad @ v.transpose(1, 2), p, -1, p.dtype)
+        dq = torch.baddbmm(q, scores, k, beta=0, alpha=ctx.scale)
+        dk = torch.baddbmm(k, scores.transpose(1, 2), q, beta=0, alpha=ctx.scale)
+        found = dq, dk, p.transpose(1, 2) @ grad
+        return *(x.view(shape) for x, shape in zip(found, ctx.shapes)), None, None
+
+
+ATTENTION = "grouped" # Its name among transformers' attention functions
+FEW = 2 ** 16         # Queries times keys, up to which products are faster than the fused kernel of a CPU
+
+
+def grouped_attention(module: nn.Module,
+                      query: Tensor,  # (B, heads, Q, size)
+                      key: Tensor,    # (B, groups of heads, N, size)
+                      value: Tensor,
+                      attention_mask: Tensor | None,
+                      dropout: float = 0.,
+                      scaling: float | None = None,
+                      is_causal: bool | None = None,
+                      **kwargs,
+) -> tuple[Tensor, None]:             # (B, Q, heads, size)
+    "Transformers' `sdpa`, on a CPU with few tokens as matrix products: the fused kernel takes 3 to 10 times as long."
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    Q, N = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = causal and attention_mask is None and Q > 1
+    more = any(kwargs.get(name) is not None for name in ("cache", "position_bias", "softcap"))
+    more = more or attention_mask is not None and attention_mask.requires_grad # A mask that is learned
+    same = len(query) == len(key) and (Q == N or not causal)
+    if device != "cpu" or Q * N > FEW or dropout or more or not same:
+        more = dict(dropout=dropout, scaling=scaling, is_causal=is_causal)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **more, **kwargs)
+    if causal: attention_mask = torch.ones(Q, N, dtype=torch.bool, device=query.device).tril()
+    if scaling is None: scaling = query.shape[3] ** -.5
+    out = _GroupedAttention.apply(*(x.to(dtype) for x in (query, key, value)), attention_mask, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, grouped_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def packs(weight: Tensor) -> bool:
@@ -207,13 +286,116 @@ class StridedAttention(DisentangledSelfAttention):
         return products.as_strided((len(x), n, n), (products.stride(0), 2 * n - 2, 1), n - 1)
 
 
+def rms_norm(x: Tensor,     # (..., H)
+             scale: Tensor, # float32, (H,)
+             eps: float,
+) -> tuple[Tensor, Tensor]: # In the type of `x`; the inverse of its root mean square, float32, (..., 1)
+    "Zhang and Sennrich 2019, eq. 4, rounded once."
+    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=scale.dtype)
+    inverse = inverse.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.mul(x * inverse, scale, out=torch.empty_like(x)), inverse
+
+
+class _RMSNorm(torch.autograd.Function):
+    "Keeps its input in its own type; autograd keeps it in float32."
+    @staticmethod
+    def forward(ctx, x, scale, eps):
+        out, inverse = rms_norm(x, scale, eps)
+        ctx.save_for_backward(x, scale, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, inverse = ctx.saved_tensors
+        x_hat = x * inverse
+        of_scale = (grad * x_hat).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad = grad * scale
+        mean = torch.linalg.vecdot(grad, x_hat)[..., None] / x.shape[-1]
+        return torch.addcmul(grad, x_hat, mean, value=-1).mul_(inverse).to(x.dtype), of_scale, None
+
+
+class FusedRMSNorm:
+    "Before an RMSNorm among a class's bases: it keeps half of the memory for the backward pass."
+    offset = 0 # Added to the weight
+
+    def forward(self, x):
+        weight = self.weight
+        if x.device.type != "cpu" or weight.dtype != x.dtype: return super().forward(x)
+        scale = weight.to(torch.promote_types(x.dtype, torch.float32)) + self.offset
+        eps = self.eps if self.offset else self.variance_epsilon
+        # The same numbers with and without a gradient, or the first ratio is not 1
+        return _RMSNorm.apply(x, scale, eps) if torch.is_grad_enabled() else rms_norm(x, scale, eps)[0]
+
+
+class FusedGemmaNorm(FusedRMSNorm):
+    "Gemma's weight is the difference from 1."
+    offset = 1
+
+
+class _Gated(torch.autograd.Function):
+    "Keeps its two inputs; autograd keeps the activation as well. Slope of GELU: see `_LinearGelu`."
+    @staticmethod
+    def forward(ctx, gate, up, gelu):
+        ctx.save_for_backward(gate, up)
+        ctx.gelu = gelu
+        return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        if not ctx.gelu:
+            return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad), None
+        exact = "none" if gate.dtype == torch.bfloat16 else "tanh"
+        slope = torch.ops.aten.gelu_backward(grad * up, gate, approximate=exact)
+        return slope, F.gelu(gate, approximate=exact).mul_(grad), None
+
+
+class FusedGatedMLP:
+    "Before a gated MLP among a class's bases: fewer activations are kept for the backward pass."
+    def forward(self, x):
+        gelu = type(self.act_fn) is GELUTanh
+        if not (gelu or isinstance(self.act_fn, (nn.SiLU, SiLUActivation))): return super().forward(x)
+        return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x), gelu))
+
+
 FUSED = {BloomModel: FusedBloomModel, BloomAttention: SdpaBloomAttention, BloomMLP: FusedBloomMLP,
          LoraLinear: FusedLora, DisentangledSelfAttention: StridedAttention}
+COPIED = {LlamaRMSNorm: FusedRMSNorm, Olmo2RMSNorm: FusedRMSNorm, Gemma3RMSNorm: FusedGemmaNorm,
+          LlamaMLP: FusedGatedMLP} # Layers whose code transformers repeats under other names
+
+
+COMPARED = "forward", "_norm"
+
+
+def same_code(one: type, other: type) -> bool:
+    "Have two classes methods of their own with the same names and code?"
+    def methods(kind: type) -> dict:
+        found = {name: f.__code__ for name, f in vars(kind).items() if isinstance(f, FunctionType)}
+        return {name: (code.co_code, code.co_consts, code.co_names) for name, code in found.items() if name in COMPARED}
+    return methods(one) == methods(other)
+
+
+@cache
+def fused(kind: type) -> type:
+    "The faster kind of a layer; the same where there is none."
+    if kind in FUSED: return FUSED[kind]
+    found = next((new for known, new in COPIED.items() if same_code(kind, known)), None)
+    return type(kind.__name__, (found, kind), {}) if found else kind
+
+
+@cache
+def takes_attention(kind: type[PreTrainedModel]) -> bool:
+    "Does its code leave attention to the function that the configuration names, without asking for `sdpa` by name?"
+    if not kind._can_set_attn_implementation(): return False
+    return '"sdpa"' not in inspect.getsource(sys.modules[kind.__module__])
 
 
 def fuse_layers(model: nn.Module) -> nn.Module: # The same
-    "Replace the layers of BLOOM, DeBERTa and LoRA by faster ones; weights and other layers stay."
-    for m in model.modules(): m.__class__ = FUSED.get(type(m), m.__class__)
+    "Replace `sdpa` and the layers of `FUSED` and `COPIED` by faster ones; weights and other layers stay."
+    for m in model.modules(): m.__class__ = fused(type(m))
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    if parts and all(m.config._attn_implementation == "sdpa" and takes_attention(type(m)) for m in parts):
+        parts[0].set_attn_implementation(ATTENTION)
     return model
 
 
@@ -440,45 +622,6 @@ def packed_linear(weight: Tensor,      # (out, in)
 
 
 
-INT8_WEIGHTS = WeakTensorKeyDictionary() # Weights that are not trained and were rounded before
-
-
-def to_int8(x: Tensor,        # Rows, (n, size)
-) -> tuple[Tensor, Tensor]:   # (n, size), and a scale for each row, (n, 1)
-    "Round each row to 255 levels."
-    x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).div_(127).clamp_(min=1e-12)
-    return (x / scale).round_().to(torch.int8), scale
-
-
-def int8_weight(weight: Tensor,      # (out, in)
-                rows: int,           # Of the layer's input, usually
-) -> tuple[Tensor, Tensor]:          # Packed by oneDNN, and a scale for each row, (out,)
-    "`to_int8` of a weight, packed."
-    if weight in INT8_WEIGHTS: return INT8_WEIGHTS[weight]
-    pieces = [to_int8(piece) for piece in weight.detach().split(8192)]
-    rounded, scale = (torch.cat(part) for part in zip(*pieces))
-    result = torch.ops.onednn.qlinear_prepack(rounded, [rows, weight.shape[1]]), scale[:, 0]
-    if not weight.requires_grad: INT8_WEIGHTS[weight] = result
-    return result
-
-
-def int8_linear(weight: Tensor,      # (out, in)
-                bias: Tensor | None, # (out,)
-                rows: int,           # Of its input, usually
-) -> Callable[[Tensor], Tensor]:
-    "The linear layer as a function, with weights and inputs rounded to int8."
-    packed, scale = int8_weight(weight, rows)
-    zero_points = torch.zeros(len(weight), dtype=torch.long)
-
-    def forward(x: Tensor) -> Tensor:
-        rounded, size = to_int8(x.flatten(0, -2))
-        out = torch.ops.onednn.qlinear_pointwise(rounded, 1., 0, packed, scale, zero_points, None, 1., 0, torch.float32,
-                                                 "none", [], "")
-        out = out.mul_(size) if bias is None else torch.addcmul(bias.float(), out, size)
-        return out.to(weight.dtype).view(*x.shape[:-1], -1)
-    return forward
-
 
 def merged_weight(layer: FusedLora) -> Tensor: # (out, in)
     "The weight, with the change of the active adapters."
@@ -522,7 +665,6 @@ def merged_weights(layers: list[FusedLora]) -> dict[FusedLora, Tensor]: # Of eac
 @contextmanager
 def packed_for_generation(lm: PreTrainedModel, # Without peft's wrapper
                           rows: int,           # Sequences that are generated at once
-                          int8: bool = False,  # Round weights and inputs of linear layers to int8
 ) -> Iterator[None]:
     "Inside, LoRA is merged into copies of the weights, on a CPU packed; the parameters stay as they are."
     modules = [*lm.modules()] if is_gathered(lm) else []
@@ -534,7 +676,7 @@ def packed_for_generation(lm: PreTrainedModel, # Without peft's wrapper
     if not on_cpu: lora = [*merged]
     inside_lora = {part for m in lora for part in m.modules()}
     linear = [m for m in modules if type(m) is nn.Linear and m not in inside_lora]
-    packed = [m for m in linear if on_cpu and (int8 or m.weight.dtype == torch.bfloat16)]
+    packed = [m for m in linear if on_cpu and m.weight.dtype == torch.bfloat16]
     norms = {m for m in modules if type(m) is nn.LayerNorm and m.weight is not None}
     if not (memory and torch.is_autocast_enabled(lm.device.type)): norms = set() # There, autocast has them in float32
     layers = [m for m in [*lora, *packed, *norms] if "forward" not in vars(m)]
@@ -546,8 +688,7 @@ def packed_for_generation(lm: PreTrainedModel, # Without peft's wrapper
                 continue
             if m in merged: weight = merged[m]
             else: weight = merged_weight(m) if type(m) is FusedLora else m.weight
-            if int8: m.forward = int8_linear(weight, m.bias, rows)
-            elif m in mlps: mlps[m].up = packed_linear(weight, m.bias, rows, gelu=True)
+            if m in mlps: mlps[m].up = packed_linear(weight, m.bias, rows, gelu=True)
             else: m.forward = packed_linear(weight, m.bias, rows)
         yield
     finally:
@@ -555,12 +696,11 @@ def packed_for_generation(lm: PreTrainedModel, # Without peft's wrapper
         for m in mlps.values(): vars(m).pop("up", None)
 
 
-class PreallocatedLayer(DynamicLayer):
-    "A layer of the key-value cache that is allocated once."
-    def __init__(self, length: int): # Tokens
-        super().__init__()
-        self.length = length
+BLOCK_OF_CACHE = 64 # Tokens
 
+
+class GrowingLayer(DynamicLayer):
+    "A layer of the key-value cache that is copied once per block, not once per token."
     def update(self,
                key_states: Tensor,   # (B, heads, tokens, size)
                value_states: Tensor, # Likewise
@@ -570,15 +710,18 @@ class PreallocatedLayer(DynamicLayer):
         new = key_states, value_states
         if not self.is_initialized:
             self.lazy_initialization(*new)
-            self.space = [x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in new]
+            self.space = [x[:, :, :0] for x in new]
         used = self.get_seq_length()
         end = used + key_states.shape[2]
+        more = -(-end // BLOCK_OF_CACHE) * BLOCK_OF_CACHE - self.space[0].shape[2]
+        if more > 0: self.space = [F.pad(x, (0, 0, 0, more)) for x in self.space]
         for space, x in zip(self.space, new): space[:, :, used:end] = x
         return self.set_views(end)
 
     def set_views(self, end: int) -> tuple[Tensor, Tensor]: # Number of tokens
         "Keys and values so far."
         self.keys, self.values = (space[:, :, :end] for space in self.space)
+        for x, space in zip((self.keys, self.values), self.space): x.whole = space # Contiguous, 0 at the end
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor):
@@ -587,13 +730,11 @@ class PreallocatedLayer(DynamicLayer):
         self.set_views(self.get_seq_length())
 
 
-def preallocate(cache: Cache, # As a model has made it
-                length: int,  # Tokens
-):
-    "Give keys and values space for all tokens, so that they are not copied to grow; other kinds of layers stay."
+def grow_in_blocks(cache: Cache): # As a model has made it
+    "Give keys and values space for later tokens, so that they are not copied for each; other kinds of layers stay."
     for i, layer in enumerate(getattr(cache, "layers", [])):
         if type(layer) is not DynamicLayer or not layer.is_initialized: continue
-        cache.layers[i] = PreallocatedLayer(length)
+        cache.layers[i] = GrowingLayer()
         cache.layers[i].update(layer.keys, layer.values)
 
 

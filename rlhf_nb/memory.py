@@ -31,8 +31,8 @@ from trl import get_peft_config
 from . import kernels
 from .config import ModelArguments, PPOConfig, has_bf16
 from .decoding import fits
-from .kernels import CHUNK, fuse_layers, packed_for_generation, preallocate, replaced_head
-from .learner import recomputed
+from .kernels import CHUNK, fuse_layers, grow_in_blocks, packed_for_generation, replaced_head
+from .learner import recomputed, rows_per_pass
 from .models import (
     ActorCritic,
     Sampling,
@@ -262,6 +262,8 @@ class Rehearsal:
         # Without max_prompt_length, what the model can read
         self.prompt = args.max_prompt_length or max(1, (longest(self.lm.config) or 2048) - self.completion)
         self.length = self.prompt + self.completion
+        self.passed = args.per_device_train_batch_size # Rows of a pass of an update
+        if self.device.kind == "cpu": self.passed = rows_per_pass(self.passed, self.length, self.policy)
         self.judged = min(self.length, longest(self.reward.config) or self.length)
         self.launches: dict[str, int] = {} # Of a pass: by phase, of the prompt, of a later token, of a micro-batch
         self.sampling = Sampling(args.temperature, args.min_completion_length, (0,))
@@ -301,11 +303,10 @@ class Rehearsal:
         with self.cast, patch.multiple(self.memory, part="cache", phase="filling"):
             full = self.next_token(None, n, n)
             self.fits = fits(self.policy, full)
-            preallocate(full, self.length)
+            grow_in_blocks(full)
         with self.cast, ExitStack() as packed:
             with patch.object(self.memory, "part", "packed weights"):
-                int8 = self.args.rollout_int8 and self.device.kind == "cpu"
-                packed.enter_context(packed_for_generation(self.lm, self.rows, int8))
+                packed.enter_context(packed_for_generation(self.lm, self.rows))
             self.launches["prompt"] = self.counted(lambda: self.next_token(None, self.prompt, self.prompt))
             new = self.length if full is None else 1
             self.launches["token"] = self.counted(lambda: self.next_token(full, new, self.length))
@@ -333,13 +334,14 @@ class Rehearsal:
 
     def update(self):
         "Passes of one optimizer step."
+        more = self.args.gradient_accumulation_steps > 1 or self.passed < self.args.per_device_train_batch_size
         with recomputed(self.policy, self.args.recomputes):
-            for _ in range(min(2, self.args.gradient_accumulation_steps)):
+            for _ in range(1 + more):
                 self.launches["micro-batch"] = self.counted(self.micro_batch)
 
     def micro_batch(self):
         "Forward and backward pass."
-        tokens = self.tokens(self.args.per_device_train_batch_size)
+        tokens = self.tokens(self.passed)
         with self.cast: out = self.policy(tokens, self.sampling, entropy=self.args.ent_coef > 0)
         (out.logprobs + out.values + (0. if out.entropy is None else out.entropy)).sum().backward()
 

@@ -39,7 +39,7 @@ from transformers.generation import (
 from .config import PPOConfig
 from .data import encode_prompt, template_kwargs
 from .errors import halve_on_out_of_memory
-from .kernels import drops_rows, packed_for_generation, preallocate, token_logprobs
+from .kernels import drops_rows, grow_in_blocks, packed_for_generation, token_logprobs
 from .models import ActorCritic, Sampling, Tokens, check_ids, end_tokens, sampling_logits, unwrapped
 from .ppo import apply_mask
 from .tables import table
@@ -205,7 +205,7 @@ def generate(policy: ActorCritic,
     for t in range(generation.max_length):
         if anyone and t: anyone(True)
         logits, cache = policy.next_logits(ids, mask, cache)
-        if t == 0: preallocate(cache, sequences.shape[1])
+        if t == 0: grow_in_blocks(cache)
         logits = logits[:, 0]
         if generation.processors:
             so_far = zip(sequences[rows, :P + t], mask, logits.float())
@@ -288,12 +288,11 @@ def generate_batches(policy: ActorCritic,
                      generation: Generation,
                      uniforms: Tensor | None,       # One number per prompt and position, (N, max_length); None: greedy
                      batch_size: int | None = None, # Prompts per batch; None: all
-                     int8: bool = False,            # With int8 weights, on a CPU
                      method: Callable = generate,  # Or another function with its first five arguments
 ) -> Iterator[Batch]:
     "Complete prompts, in batches of similar length."
     batches = by_length(queries, batch_size)
-    with packed_for_generation(unwrapped(policy.lm), len(batches[0]), int8):
+    with packed_for_generation(unwrapped(policy.lm), len(batches[0])):
         for batch in batches:
             query = padded([queries[i] for i in batch], generation.pad_id)
             of_batch = None if uniforms is None else uniforms[batch]
@@ -358,11 +357,6 @@ class Sampler:
         self.limit = math.inf  # Prompts at once, as far as memory is known to suffice
         self.shortened = 0     # Prompts that were longer than max_prompt_length, so far
         self.device = policy.value_head.weight.device
-
-        self.int8 = args.rollout_int8 and self.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if args.rollout_int8 and not self.int8:
-            logger.warning("rollout_int8 needs a CPU with oneDNN: on this %s, the policy's own weights are used",
-                           self.device.type)
         self.fixed = FixedSteps(self.fixed_steps_are_wanted())
 
     def fixed_steps_are_wanted(self) -> bool:
@@ -396,7 +390,7 @@ class Sampler:
     def off_policy(self) -> bool:
         "Are completions sampled from another distribution than the one that is scored?"
         generation = self.generation
-        return bool(self.int8 or self.client or generation.processors or generation.warpers)
+        return bool(self.client or generation.processors or generation.warpers)
 
     def __call__(self,
                  rows: list[dict],                         # Each with a `prompt`: text or messages
@@ -416,7 +410,7 @@ class Sampler:
         if source:
             uniforms = torch.rand(args.world_size, len(rows), args.max_completion_length, generator=source)
             uniforms = uniforms[args.process_index].to(self.device)
-        make = partial(self.generate, queries, uniforms, self.int8 and source is self.generator)
+        make = partial(self.generate, queries, uniforms)
         return self.as_memory_allows(rows, make, batch_size)
 
     def given(self, rows: list[dict]) -> Rollout: # Each with a `prompt` and an `output`
@@ -459,7 +453,6 @@ class Sampler:
     def generate(self,
                  queries: list[Tensor],   # Prompts, 1-D
                  uniforms: Tensor | None, # One number per prompt and position, (N, max_length); None: greedy
-                 int8: bool,              # With int8 weights
                  size: int,               # Prompts at once
     ) -> Iterable[Batch]:
         "Sample a completion of each prompt, here or by a vLLM server."
@@ -468,7 +461,7 @@ class Sampler:
         anyone = strategy.any if strategy.in_step and not self.args.ds3_gather_for_generation else None
         method = self.fixed.generate if self.fixed_shapes else partial(generate, anyone=anyone)
         if self.client: return self.client(self.policy.lm, queries, generation, uniforms, size)
-        return generate_batches(self.policy, queries, generation, uniforms, size, int8, method)
+        return generate_batches(self.policy, queries, generation, uniforms, size, method)
 
     @torch.no_grad()
     def complete(self,

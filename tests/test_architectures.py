@@ -6,14 +6,18 @@ import pytest
 import torch
 from architectures import DECODERS, NOT_MERGED, REFUSED, ROUGH, VOCAB, WITHOUT_CACHE, decoder, small
 from peft import LoraConfig
+from test_kernels import needs_bf16
 from torch import nn
 
 from rlhf_nb.config import ModelArguments, PPOConfig
+from rlhf_nb.kernels import fuse_layers
 from rlhf_nb.memory import Device, plan
 from rlhf_nb.models import (
     ActorCritic,
     Sampling,
     Tokens,
+    add_adapter,
+    has_router,
     load_policy,
     load_weights,
     merge,
@@ -104,6 +108,35 @@ def test_a_policy_of_every_architecture(name, lora, tmp_path):
     if name in NOT_MERGED:
         with pytest.raises(ValueError, match="gives other logits than with its adapter"): merge(fresh)
     else: assert (torch.cat(alone(merge(fresh), tokens)) - torch.cat(plain)).abs().max() < 1e-3
+
+
+@needs_bf16
+@each
+def test_fast_layers_in_bfloat16_are_as_exact_as_the_stock_ones(name):
+    if name in REFUSED: pytest.skip("no policy")
+    adapter = LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False)
+    ids = torch.randint(60, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+
+    def results(dtype: torch.dtype, fast: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        lm = add_adapter(decoder(name).to(dtype), adapter).eval()
+        if fast: fuse_layers(lm)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logprobs = logits.double().log_softmax(-1)
+        found = logprobs[:, :-1].gather(2, ids[:, 1:, None])[..., 0][mask[:, :-1] > 0]
+        found.sum().backward()
+        return [found.detach(), torch.cat([p.grad.flatten() for p in lm.parameters() if p.grad is not None]).double()]
+
+    try: stock = results(torch.bfloat16, False)
+    except RuntimeError as error: pytest.skip(f"transformers itself: {error}")
+    exact = results(torch.float32, False)
+    most = 5 if has_router(decoder(name)) else 2 # Rounding may choose another expert
+    for what, a, b, c in zip(("log-probs", "gradient"), stock, results(torch.bfloat16, True), exact):
+        own, ours = (a - c).norm(), (b - c).norm()
+        assert ours < most * own, f"{what}: {ours:.3g}, stock {own:.3g}"
 
 
 @pytest.fixture(scope="module")

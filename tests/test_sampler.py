@@ -345,17 +345,6 @@ def test_a_process_whose_rows_have_ended_computes_on_with_the_others():
     assert asked == [True] * 23
 
 
-def test_int8_weights_are_for_training_rollouts_alone():
-    policy, tok = policy_for("bloom")
-    plain, rough = sampler_for(policy, tok), sampler_for(policy, tok, rollout_int8=True)
-    assert rough.off_policy and not plain.off_policy
-    a, b = (s(STRINGS, torch.Generator().manual_seed(3)) for s in (plain, rough))
-    assert torch.equal(a.sampling_logprobs, b.sampling_logprobs), "an evaluation has its own generator"
-    out = rough(STRINGS)
-    off = (out.sampling_logprobs - out.logprobs)[out.tokens.response_mask > 0]
-    assert 1e-4 < off.abs().mean() < .1
-
-
 def test_stop_strings_end_and_are_cut():
     policy, tok = policy_for("llama")
     free = sampler_for(policy, tok, eos=())(STRINGS)

@@ -189,7 +189,6 @@ def test_wrong_values(world, tmp_path, capsys, name, value):
 CALLS = {  # What is added to a good call; what the message says
     "min over max": ("--min_target_length 9", "min_target_length"),
     "weights for two rewards": ("--reward_weights 1 2", "reward_weights"),
-    "two samplers": ("--use_vllm --rollout_int8", "use_vllm and rollout_int8"),
     "no address": ("--use_vllm --vllm_server_base_url localhost:8000", "vllm_server_base_url"),
     "two precisions": ("--bf16 True --fp16 True", "bf16"),
     "two names of one setting": ("--lora_rank 4 --lora_r 8", "lora_rank and lora_r are one setting"),
