@@ -17,6 +17,7 @@ from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
@@ -113,10 +114,12 @@ class _GroupedAttention(torch.autograd.Function):
         ctx.shapes = shape, *_ = [x.shape for x in (q, k, v)]
         ctx.scale, N = scale, k.shape[2]
         # Views of a cache would be copied for each product
-        if not ctx.needs_input_grad[1] and hasattr(k, "whole") and hasattr(v, "whole"): k, v = k.whole, v.whole
+        if not any(ctx.needs_input_grad) and hasattr(k, "whole") and hasattr(v, "whole"): k, v = k.whole, v.whole
         k, v = (x.flatten(0, 1).contiguous() for x in (k, v))
         q = q.reshape(len(k), -1, q.shape[3])
-        scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+        wide = torch.promote_types(q.dtype, torch.float32) # Large scores, rounded to 16 bits, would be off by tenths
+        with torch.autocast(q.device.type, enabled=False):
+            scores = torch.bmm(q.to(wide), k.to(wide).transpose(1, 2)).mul_(scale)
         if mask is not None or k.shape[1] > N:
             parts = scores.view(*shape[:3], -1)
             lowest = torch.finfo(parts.dtype).min
@@ -124,12 +127,13 @@ class _GroupedAttention(torch.autograd.Function):
             some = parts[..., :N]
             if mask is None: pass
             elif mask.dtype == torch.bool: some.masked_fill_(~mask, lowest)
-            else: some += mask.clamp(min=lowest)
-        p = scores.softmax(-1)
+            else: some.add_(mask).clamp_(min=lowest) # A row that sees nothing would be NaN
+        p = scores.softmax(-1).to(v.dtype)
         ctx.save_for_backward(q, k, v, p)
         return (p @ v).view(*shape[:3], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         q, k, v, p = ctx.saved_tensors
         grad = grad.reshape(len(q), q.shape[1], -1)
@@ -139,6 +143,11 @@ class _GroupedAttention(torch.autograd.Function):
         dk = torch.baddbmm(k, scores.transpose(1, 2), q, beta=0, alpha=ctx.scale)
         found = dq, dk, p.transpose(1, 2) @ grad
         return *(x.view(shape) for x, shape in zip(found, ctx.shapes)), None, None
+
+
+def on_cpu(x: Tensor) -> bool: # The plan of a run on a GPU replaces this function
+    "Is it there?"
+    return x.device.type == "cpu"
 
 
 ATTENTION = "grouped" # Its name among transformers' attention functions
@@ -156,19 +165,18 @@ def grouped_attention(module: nn.Module,
                       **kwargs,
 ) -> tuple[Tensor, None]:             # (B, Q, heads, size)
     "Transformers' `sdpa`, on a CPU with few tokens as matrix products: the fused kernel takes 3 to 10 times as long."
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     Q, N = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = causal and attention_mask is None and Q > 1
     more = any(kwargs.get(name) is not None for name in ("cache", "position_bias", "softcap"))
     more = more or attention_mask is not None and attention_mask.requires_grad # A mask that is learned
     same = len(query) == len(key) and (Q == N or not causal)
-    if device != "cpu" or Q * N > FEW or dropout or more or not same:
+    if not on_cpu(query) or Q * N > FEW or dropout or more or not same:
         more = dict(dropout=dropout, scaling=scaling, is_causal=is_causal)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more, **kwargs)
     if causal: attention_mask = torch.ones(Q, N, dtype=torch.bool, device=query.device).tril()
     if scaling is None: scaling = query.shape[3] ** -.5
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     out = _GroupedAttention.apply(*(x.to(dtype) for x in (query, key, value)), attention_mask, scaling)
     return out.transpose(1, 2).contiguous(), None
 
@@ -305,6 +313,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, scale, inverse = ctx.saved_tensors
         x_hat = x * inverse
@@ -314,13 +323,25 @@ class _RMSNorm(torch.autograd.Function):
         return torch.addcmul(grad, x_hat, mean, value=-1).mul_(inverse).to(x.dtype), of_scale, None
 
 
-class FusedRMSNorm:
+class Fused:
+    "Before a class of transformers among the bases of a new one; pickled as that class."
+    def __reduce_ex__(self, protocol):
+        return fused_instance, (type(self).__bases__[1],), vars(self)
+
+
+def fused_instance(kind: type) -> nn.Module: # Without its state
+    "An instance of the faster kind of a layer."
+    new = fused(kind)
+    return new.__new__(new)
+
+
+class FusedRMSNorm(Fused):
     "Before an RMSNorm among a class's bases: it keeps half of the memory for the backward pass."
     offset = 0 # Added to the weight
 
     def forward(self, x):
         weight = self.weight
-        if x.device.type != "cpu" or weight.dtype != x.dtype: return super().forward(x)
+        if not on_cpu(x) or weight.dtype != x.dtype: return super().forward(x)
         scale = weight.to(torch.promote_types(x.dtype, torch.float32)) + self.offset
         eps = self.eps if self.offset else self.variance_epsilon
         # The same numbers with and without a gradient, or the first ratio is not 1
@@ -341,6 +362,7 @@ class _Gated(torch.autograd.Function):
         return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         if not ctx.gelu:
@@ -350,12 +372,14 @@ class _Gated(torch.autograd.Function):
         return slope, F.gelu(gate, approximate=exact).mul_(grad), None
 
 
-class FusedGatedMLP:
+class FusedGatedMLP(Fused):
     "Before a gated MLP among a class's bases: fewer activations are kept for the backward pass."
     def forward(self, x):
-        gelu = type(self.act_fn) is GELUTanh
-        if not (gelu or isinstance(self.act_fn, (nn.SiLU, SiLUActivation))): return super().forward(x)
-        return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x), gelu))
+        act, gate, up = self.act_fn, self.gate_proj(x), self.up_proj(x)
+        known = type(act) in (GELUTanh, SiLUActivation, nn.SiLU) and gate.dtype == up.dtype
+        changed = act._forward_hooks or act._forward_pre_hooks or "forward" in vars(act)
+        if changed or not known: return self.down_proj(act(gate) * up)
+        return self.down_proj(_Gated.apply(gate, up, type(act) is GELUTanh))
 
 
 FUSED = {BloomModel: FusedBloomModel, BloomAttention: SdpaBloomAttention, BloomMLP: FusedBloomMLP,
@@ -394,7 +418,8 @@ def fuse_layers(model: nn.Module) -> nn.Module: # The same
     "Replace `sdpa` and the layers of `FUSED` and `COPIED` by faster ones; weights and other layers stay."
     for m in model.modules(): m.__class__ = fused(type(m))
     parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-    if parts and all(m.config._attn_implementation == "sdpa" and takes_attention(type(m)) for m in parts):
+    takes = (m.config._attn_implementation == "sdpa" and takes_attention(type(m)) for m in parts)
+    if parts and parts[0].device.type == "cpu" and all(takes):
         parts[0].set_attn_implementation(ATTENTION)
     return model
 

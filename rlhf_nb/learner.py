@@ -35,7 +35,6 @@ from rlhf_nb.ppo import (
     importance_weights,
     kl_penalty,
     masked_mean,
-    masked_var,
     policy_loss,
     probability_ratio,
     shape_scores,
@@ -164,7 +163,7 @@ def ratio_stats(ratio: Tensor,    # Of trained to sampling probability, (n, T)
     high = (ratio > 1 + (args.epsilon_high or args.epsilon)) & (mb.advantages > 0)
     return {
         "val/ratio": masked_mean(ratio, mb.mask),
-        "val/ratio_var": masked_var(ratio, mb.mask, unbiased=False),
+        "val/ratio_var": masked_mean((ratio - 1) ** 2, mb.mask), # Of the pass; `accumulate` makes it a variance
         "clip_ratio/low_mean": masked_mean(low.float(), mb.mask),
         "clip_ratio/high_mean": masked_mean(high.float(), mb.mask),
         "clip_ratio/region_mean": masked_mean((low | high).float(), mb.mask),
@@ -290,8 +289,9 @@ class Learner:
         total = self.strategy.sum(exp.mask[rows].sum()).clamp(min=1)
         taught = self.strategy.sum(answers[1][rows].sum()) if answers else None
         while True:
-            size = int(min(self.args.per_device_train_batch_size, self.limit, len(rows)))
-            try: stats = self.passes(exp, self.parts(exp.tokens, rows, size), loss, total, answers, taught)
+            parts = self.parts(exp.tokens, rows, int(min(self.args.per_device_train_batch_size, self.limit, len(rows))))
+            size = len(parts[0])
+            try: stats = self.passes(exp, parts, loss, total, answers, taught)
             except RuntimeError as e:
                 self.limit = halve_on_out_of_memory(
                     e,
@@ -303,14 +303,17 @@ class Learner:
                 self.strategy.zero_grad()
                 continue
             summed = self.strategy.sum(torch.stack([x.float() for x in stats.values()]))
-            return dict(zip(stats, summed.tolist()))
+            found = dict(zip(stats, summed.tolist()))
+            if "val/ratio_var" in found: found["val/ratio_var"] -= (found["val/ratio"] - 1) ** 2
+            return found
 
     def parts(self, tokens: Tokens, rows: Tensor, size: int) -> tuple[Tensor, ...]: # Rows per pass, at most
         "Rows of each pass, those of similar length together: the gradient does not depend on how they are shared out."
-        lengths = (tokens.query_mask.sum(1) + tokens.response_mask.sum(1))[rows]
-        rows = rows[lengths.argsort(stable=True)]
-        if rows.device.type == "cpu" and not (self.strategy.in_step or self.aux_coef): # Then it does, or others wait
-            size = rows_per_pass(size, int(lengths.max()), self.policy)
+        if self.aux_coef: return rows.split(size) # It does: the load-balancing loss is not a sum over rows
+        prompts, responses = (mask.sum(1)[rows] for mask in (tokens.query_mask, tokens.response_mask))
+        rows = rows[(prompts + responses).argsort(stable=True)]
+        if rows.device.type == "cpu" and not self.strategy.in_step: # Else processes wait for each other
+            size = rows_per_pass(size, int(prompts.max() + responses.max()), self.policy)
         return rows.split(size)
 
     def passes(

@@ -43,6 +43,7 @@ from .models import (
     check_model,
     loading,
     longest,
+    router_coefficient,
     sampling_logits,
     unwrapped,
 )
@@ -263,7 +264,8 @@ class Rehearsal:
         self.prompt = args.max_prompt_length or max(1, (longest(self.lm.config) or 2048) - self.completion)
         self.length = self.prompt + self.completion
         self.passed = args.per_device_train_batch_size # Rows of a pass of an update
-        if self.device.kind == "cpu": self.passed = rows_per_pass(self.passed, self.length, self.policy)
+        if self.device.kind == "cpu" and not router_coefficient(self.lm, args):
+            self.passed = rows_per_pass(self.passed, self.length, self.policy)
         self.judged = min(self.length, longest(self.reward.config) or self.length)
         self.launches: dict[str, int] = {} # Of a pass: by phase, of the prompt, of a later token, of a micro-batch
         self.sampling = Sampling(args.temperature, args.min_completion_length, (0,))
@@ -274,6 +276,7 @@ class Rehearsal:
             if self.device.kind == "cuda":
                 patches.enter_context(patch.object(F, "layer_norm", layer_norm_of_gpu))
                 patches.enter_context(patch.object(kernels, "BLOCK", CHUNK))
+                patches.enter_context(patch.object(kernels, "on_cpu", lambda _: False))
                 half = self.dtype.itemsize == 2
                 patches.enter_context(patch.multiple(
                     kernels, has_float32_products=lambda *_: half, gpu_memory=lambda _: self.device.memory,

@@ -77,13 +77,15 @@ def find_in_cdf(weights: Tensor, # Not negative, (B, N)
     index = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1)
     return index[:, 0], (target - (cdf - weights).gather(1, index)).clamp(min=0)[:, 0]
 
-def sample_tokens(logits: Tensor,   # (B, V), float32
-                  uniform: Tensor,  # One number in [0, 1) per row, (B,)
-                  block: int = 512, # Tokens per block
-) -> Pair:                          # Token ids and their log-probs, (B,) each
+def sample_tokens(logits: Tensor,            # (B, V), float32
+                  uniform: Tensor,           # One number in [0, 1) per row, (B,)
+                  block: int | None = None,  # Tokens per block; default: at most 512, so that blocks fit
+) -> Pair:                                   # Token ids and their log-probs, (B,) each
     "Sample from softmax(logits) by inverting its cumulative distribution."
     p = (logits - logits.amax(-1, keepdim=True)).exp_()
-    p = F.pad(p, (0, -p.shape[1] % block)).view(len(p), -1, block)
+    if block is None: block = max(64, math.gcd(p.shape[1], 512))
+    if more := -p.shape[1] % block: p = F.pad(p, (0, more)) # A copy
+    p = p.view(len(p), -1, block)
     rows = torch.arange(len(p), device=p.device)
     sums = p.sum(-1)
     total = sums.sum(-1)

@@ -1,4 +1,5 @@
 "Fast paths against the plain computation: PyTorch's and peft's own layers, autograd, float64."
+import io
 from copy import deepcopy
 
 import pytest
@@ -156,6 +157,43 @@ def test_only_sdpa_is_replaced(attention):
     fuse_layers(model)
     assert model.config._attn_implementation == ("grouped" if attention == "sdpa" else "eager")
     assert "grouped" not in model.config.to_json_string()
+
+
+@needs_bf16
+@torch.no_grad()
+def test_large_scores_are_not_rounded():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 40, 64, dtype=torch.float64) for n in (4, 2, 2))
+    k += 20 * torch.randn(64, dtype=torch.float64) # As the bias of Qwen 2's keys
+    module = nn.Module()
+    module.num_key_value_groups = 2
+    half = [x.bfloat16() for x in (q, k, v)]
+    exact, _ = sdpa_attention_forward(module, *(x.double() for x in half), None, scaling=.125)
+    errors = []
+    for f in (sdpa_attention_forward, grouped_attention):
+        for cast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                errors.append(rms(f(module, *half, None, scaling=.125)[0], exact))
+    assert max(errors) < 1.2 * min(errors), errors
+
+
+def test_fast_layers_are_pickled_and_copied():
+    model, tok = tiny_policy("qwen3")
+    fuse_layers(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (deepcopy(model), torch.load(file, weights_only=False)):
+        assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+        assert torch.equal(twin(**batch(tok)).logits, model(**batch(tok)).logits)
+
+
+def test_what_a_user_hangs_on_an_activation_is_called():
+    mlp = fuse_layers(Qwen3MLP(Qwen3Config(hidden_size=6, intermediate_size=10)))
+    called = []
+    mlp.act_fn.register_forward_hook(lambda *_: called.append(1))
+    mlp(torch.randn(3, 6))
+    assert called
 
 
 def test_a_model_that_asks_for_sdpa_by_name_keeps_it():
