@@ -52,7 +52,8 @@ def update(models: Path, shape: str) -> dict[str, dict[str, float]]: # Seconds b
 
     with tempfile.TemporaryDirectory() as out:
         trainer = trainer_of(models, shape, SHAPES[shape]["epochs"][0], 2, torch.bfloat16, out)
-        first, rows = trainer.batches()
+        batches = trainer.batches()
+        first, rows = next(batches), next(batches)
         rollout = trainer.rollout(first)
         trainer.step(rollout, trainer.score(rollout))
         inside = {name: wrapped(phase, getattr(rlhf_nb.rollout, name))

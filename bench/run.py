@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 HERE = Path(__file__).parent
 # Keys of the results, and their names
 PHASES = dict(write="generate", look="log-probs", reward="rewards", update="update")
-PEERS = dict(ppo="TRL 1.12 PPO", rloo="TRL 1.16 RLOO")
+TRAINERS = dict(ppo="TRL 1.12 PPO", rloo="TRL 1.16 RLOO")
 PEER_UPDATES = 2
 
 
@@ -115,7 +115,7 @@ def table(shape: str, epochs: int, found: dict) -> Table:
     out.add_row("the first update", f"{found['first']:.2f}", "", "", f"{found['first'] / ours:.2f} times a later one")
     for name, peer in found["peers"].items():
         ratio = f"{peer['seconds'] / ours:.1f} times ours"
-        out.add_row(PEERS[name], f"{peer['seconds']:.2f}", "", "", ratio, f"{peer['peak_gb']:.2f}")
+        out.add_row(TRAINERS[name], f"{peer['seconds']:.2f}", "", "", ratio, f"{peer['peak_gb']:.2f}")
     return out
 
 

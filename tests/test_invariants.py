@@ -278,6 +278,30 @@ def test_09_micro_batches_add_up(tmp_path, lengths, size, seed, arch, level):
     assert grads[0].abs().max() > 1e-4
 
 
+def test_09_a_pass_of_few_tokens_gives_the_gradient_of_the_batch(tmp_path, monkeypatch):
+    trainer = make("llama", tmp_path, True, per_device_train_batch_size=4, steps_per_generation=1,
+                   gradient_accumulation_steps=1)
+    tokens, args, learner = batch_of([9, 1, 4, 6], 0, len(trainer.processing_class)), trainer.args, trainer.learner
+    more = ragged([6, 4, 1, 9], 0, 5, torch.float32)
+    with torch.no_grad(): now = trainer.policy(tokens, trainer.sampler.sampling).logprobs
+    exp = Experience(tokens, tokens.response_mask, now + .1 * more[0], now, *more[1:5], weights=torch.ones_like(now))
+    loss = partial(ppo_loss, trainer.policy, args=args, sampling=trainer.sampler.sampling)
+    found, events = [], []
+    learner.on_event = events.append
+    for size, rows in ((2 ** 19, 4), (1, 1)):
+        monkeypatch.setattr("rlhf_nb.learner.PASS", size)
+        assert [len(part) for part in learner.parts(tokens, torch.arange(4), 4)] == [rows] * (4 // rows)
+        trainer.optimizer.zero_grad()
+        stats = learner.accumulate(exp, torch.arange(4), loss, None)
+        found.append((torch.cat([p.grad.flatten() for p in trainer.strategy.trained]), stats))
+    (one, stats), (other, of_many) = found
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+    assert stats == pytest.approx(of_many, rel=1e-4) and stats["val/ratio_var"] > 1e-4 and events == []
+    vars(args)["per_device_train_batch_size"] = 2
+    learner.accumulate(exp, torch.arange(4), loss, None)
+    assert events == ["substep_end"], "a micro-batch is what the setting says"
+
+
 def test_09_a_completion_that_has_run_away_has_a_finite_gradient():
     "Its ratio would overflow: 1,000 tokens, each a little more likely than before."
     grown, old, mask = torch.full((2, 1000), .2, requires_grad=True), torch.zeros(2, 1000), torch.ones(2, 1000)

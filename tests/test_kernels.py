@@ -131,8 +131,7 @@ def test_grouped_attention_is_sdpa(groups, mask, queries):
 def test_a_cache_has_room_that_attention_does_not_see():
     torch.manual_seed(0)
     layer, module = GrowingLayer(), nn.Module()
-    module.num_key_value_groups = 2
-    new = [torch.randn(2, 3, 70, 4) for _ in range(2)]
+    new = [torch.randn(2, 6, 70, 4) for _ in range(2)]
     query = torch.randn(2, 6, 1, 4)
     assert layer.update(*new)[0].whole.shape[2] == 128
     want, _ = sdpa_attention_forward(module, query, *new, None)
