@@ -168,15 +168,15 @@ def grouped_attention(module: nn.Module,
     Q, N = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = causal and attention_mask is None and Q > 1
-    more = any(kwargs.get(name) is not None for name in ("cache", "position_bias", "softcap"))
-    more = more or attention_mask is not None and attention_mask.requires_grad # A mask that is learned
+    asks = dropout or any(kwargs.get(name) is not None for name in ("cache", "position_bias", "softcap"))
+    learned = attention_mask is not None and attention_mask.requires_grad
     same = len(query) == len(key) and (Q == N or not causal)
-    fast = on_cpu(query) and same and not (more or dropout)
+    fast = on_cpu(query) and same and not (asks or learned)
     one = fast and Q == 1 and query.shape[1] > key.shape[1] # With a mask, `sdpa` takes a tenth of its time
     if one and attention_mask is None: attention_mask = torch.ones(1, 1, 1, N, dtype=torch.bool)
     if one or not fast or Q * N > FEW:
-        more = dict(dropout=dropout, scaling=scaling, is_causal=is_causal)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **more, **kwargs)
+        given = kwargs | dict(dropout=dropout, scaling=scaling, is_causal=is_causal)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
     if causal: attention_mask = torch.ones(Q, N, dtype=torch.bool, device=query.device).tril()
     if scaling is None: scaling = query.shape[3] ** -.5
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
@@ -326,19 +326,7 @@ class _RMSNorm(torch.autograd.Function):
         return torch.addcmul(grad, x_hat, mean, value=-1).mul_(inverse).to(x.dtype), of_scale, None
 
 
-class Fused:
-    "Before a class of transformers among the bases of a new one; pickled as that class."
-    def __reduce_ex__(self, protocol):
-        return fused_instance, (type(self).__bases__[1],), vars(self)
-
-
-def fused_instance(kind: type) -> nn.Module: # Without its state
-    "An instance of the faster kind of a layer."
-    new = fused(kind)
-    return new.__new__(new)
-
-
-class FusedRMSNorm(Fused):
+class FusedRMSNorm:
     "Before an RMSNorm among a class's bases: it keeps half of the memory for the backward pass."
     offset = 0 # Added to the weight
 
@@ -375,7 +363,7 @@ class _Gated(torch.autograd.Function):
         return slope, F.gelu(gate, approximate=exact).mul_(grad), None
 
 
-class FusedGatedMLP(Fused):
+class FusedGatedMLP:
     "Before a gated MLP among a class's bases: fewer activations are kept for the backward pass."
     def forward(self, x):
         act, gate, up = self.act_fn, self.gate_proj(x), self.up_proj(x)
@@ -389,8 +377,6 @@ FUSED = {BloomModel: FusedBloomModel, BloomAttention: SdpaBloomAttention, BloomM
          LoraLinear: FusedLora, DisentangledSelfAttention: StridedAttention}
 COPIED = {LlamaRMSNorm: FusedRMSNorm, Olmo2RMSNorm: FusedRMSNorm, Gemma3RMSNorm: FusedGemmaNorm,
           LlamaMLP: FusedGatedMLP} # Layers whose code transformers repeats under other names
-
-
 COMPARED = "forward", "_norm"
 
 
@@ -407,7 +393,18 @@ def fused(kind: type) -> type:
     "The faster kind of a layer; the same where there is none."
     if kind in FUSED: return FUSED[kind]
     found = next((new for known, new in COPIED.items() if same_code(kind, known)), None)
-    return type(kind.__name__, (found, kind), {}) if found else kind
+    return type(kind.__name__, (found, kind), dict(__reduce_ex__=as_stock)) if found else kind
+
+
+def fused_instance(kind: type) -> nn.Module: # Without its state
+    "An instance of the faster kind of a layer."
+    new = fused(kind)
+    return new.__new__(new)
+
+
+def as_stock(layer: nn.Module, protocol: int) -> tuple:
+    "Pickle a layer of a class that `fused` has made as the class of transformers behind it."
+    return fused_instance, (type(layer).__bases__[1],), vars(layer)
 
 
 @cache
@@ -553,7 +550,7 @@ def score_chunk(hidden: Tensor,                       # (n, H)
     for eos in sampling.eos_token_ids: logits[:, eos].masked_fill_(early, torch.finfo(logits.dtype).min / 2)
     deviation = torch.empty_like(logits) if with_entropy and with_grad else None
     sampled, total, mean = hidden.new_empty(3, len(hidden), 1, dtype=torch.float32)
-    block = BLOCK if hidden.device.type == "cpu" else CHUNK
+    block = BLOCK if on_cpu(hidden) else CHUNK
     rows = max(1, block // len(weight))
     for start in range(0, len(hidden), rows):
         some = slice(start, start + rows)
@@ -647,8 +644,6 @@ def packed_linear(weight: Tensor,      # (out, in)
         out = F.linear(x, weight, bias)
         return F.gelu(out, approximate="tanh") if gelu else out
     return forward
-
-
 
 
 def merged_weight(layer: FusedLora) -> Tensor: # (out, in)

@@ -31,7 +31,7 @@ from trl import get_peft_config
 from . import kernels
 from .config import ModelArguments, PPOConfig, has_bf16
 from .decoding import fits
-from .kernels import CHUNK, fuse_layers, grow_in_blocks, packed_for_generation, replaced_head
+from .kernels import fuse_layers, grow_in_blocks, packed_for_generation, replaced_head
 from .learner import recomputed, rows_per_pass
 from .models import (
     ActorCritic,
@@ -275,7 +275,6 @@ class Rehearsal:
         with ExitStack() as patches:
             if self.device.kind == "cuda":
                 patches.enter_context(patch.object(F, "layer_norm", layer_norm_of_gpu))
-                patches.enter_context(patch.object(kernels, "BLOCK", CHUNK))
                 patches.enter_context(patch.object(kernels, "on_cpu", lambda _: False))
                 half = self.dtype.itemsize == 2
                 patches.enter_context(patch.multiple(
