@@ -531,13 +531,14 @@ def token_entropy(logits: Tensor, # (B, T, V), float32
 
 # Log-probs without logits
 
-CHUNK = 2 ** 26 # Logits of the output layer's own type that exist at once
+CHUNK = 2 ** 28 # Bytes of the output layer's logits that exist at once
 BLOCK = 2 ** 19 # Of these, in float32, on a CPU: what its cache holds
 
 
 def score_chunk(hidden: Tensor,                       # (n, H)
                 ids: Tensor,                          # The sampled tokens, (n,)
                 early: Tensor,                        # True before the minimum length, (n,)
+                space: Tensor | None,                 # For their logits, (n or more, V); None: new
                 head: nn.Linear,                      # The output layer, H to V
                 sampling: "Sampling",
                 with_entropy: bool,
@@ -545,12 +546,13 @@ def score_chunk(hidden: Tensor,                       # (n, H)
 ) -> tuple[Tensor | None, ...]: # Log-probs and entropy, (n,), and the gradient of each for the hidden state, (n, H)
     "`head_logprobs` of a few tokens."
     weight = head.weight
-    logits = float32_product(hidden, weight.T)
+    if space is None: logits = float32_product(hidden, weight.T)
+    else: logits = torch.mm(hidden, weight.T, out=space[:len(hidden)])
     if head.bias is not None: logits += head.bias
     for eos in sampling.eos_token_ids: logits[:, eos].masked_fill_(early, torch.finfo(logits.dtype).min / 2)
     deviation = torch.empty_like(logits) if with_entropy and with_grad else None
     sampled, total, mean = hidden.new_empty(3, len(hidden), 1, dtype=torch.float32)
-    block = BLOCK if on_cpu(hidden) else CHUNK
+    block = BLOCK if on_cpu(hidden) else CHUNK // 4
     rows = max(1, block // len(weight))
     for start in range(0, len(hidden), rows):
         some = slice(start, start + rows)
@@ -578,9 +580,14 @@ class _HeadLogprobs(torch.autograd.Function):
     "The forward pass finds the gradient for the hidden state, up to a factor: no logits are kept."
     @staticmethod
     def forward(ctx, hidden, head, ids, early, sampling, with_entropy):
-        size = max(1, CHUNK // head.out_features)
-        chunks = zip(*(x.split(size) for x in (hidden, ids, early)))
-        parts = [score_chunk(*chunk, head, sampling, with_entropy, ctx.needs_input_grad[0]) for chunk in chunks]
+        n, weight = len(hidden), head.weight
+        wide = has_float32_products(weight.device.type, weight.dtype)
+        rows = max(1, CHUNK // (head.out_features * (4 if wide else weight.itemsize)))
+        rows = max(1, math.ceil(n / max(1, math.ceil(n / rows)))) # Of chunks of the same size
+        # On a CPU, memory that is used again; new memory would cost half of the product's time
+        space = weight.new_empty(rows, head.out_features) if on_cpu(weight) else None
+        chunks = zip(*(x.split(rows) for x in (hidden, ids, early)))
+        parts = [score_chunk(*chunk, space, head, sampling, with_entropy, ctx.needs_input_grad[0]) for chunk in chunks]
         logprobs, entropy, *directions = (None if column[0] is None else torch.cat(column) for column in zip(*parts))
         ctx.save_for_backward(*directions)
         ctx.set_materialize_grads(False)
