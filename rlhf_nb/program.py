@@ -115,5 +115,7 @@ def main(argv: list[str] | None = None): # Default: the program's own
     if command == "completion":
         try: return completion(words)
         except ValueError as e: fail(command, str(e))
+    # Threads that wait in a loop make a busy machine seven times as slow; libgomp reads this when torch loads it
+    if "OMP_WAIT_POLICY" not in os.environ: os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from .cli import run  # Not above: torch and transformers take seconds
     run(command, words)
