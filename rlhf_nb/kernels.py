@@ -450,10 +450,17 @@ def has_float32_products(device_type: str, dtype: torch.dtype) -> bool:
 
 def float32_product(x: Tensor,    # (n, k)
                     y: Tensor,    # (k, m), of the same type
-) -> Tensor:                      # (n, m); float32 where the device has such products, else the type of `x`
+) -> Tensor:                      # (n, m), of `product_dtype`
     "The product of two matrices, not rounded to 16 bits."
     if has_float32_products(x.device.type, x.dtype): return torch.mm(x, y, out_dtype=torch.float32)
     return x @ y
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    "The type of `float32_product`: float32 where the device has such products, else autocast's, else that of `x`."
+    device_type = x.device.type
+    if has_float32_products(device_type, x.dtype): return torch.float32
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 class _Logits(torch.autograd.Function):
@@ -580,12 +587,13 @@ class _HeadLogprobs(torch.autograd.Function):
     "The forward pass finds the gradient for the hidden state, up to a factor: no logits are kept."
     @staticmethod
     def forward(ctx, hidden, head, ids, early, sampling, with_entropy):
-        n, weight = len(hidden), head.weight
-        wide = has_float32_products(weight.device.type, weight.dtype)
-        rows = max(1, CHUNK // (head.out_features * (4 if wide else weight.itemsize)))
-        rows = max(1, math.ceil(n / max(1, math.ceil(n / rows)))) # Of chunks of the same size
-        # On a CPU, memory that is used again; new memory would cost half of the product's time
-        space = weight.new_empty(rows, head.out_features) if on_cpu(weight) else None
+        weight, dtype = head.weight, product_dtype(head.weight)
+        most = max(1, CHUNK // (head.out_features * dtype.itemsize))
+        count = max(1, math.ceil(len(hidden) / most))
+        rows = max(1, math.ceil(len(hidden) / count)) # Of chunks of the same size
+        # On a CPU, memory that is used again; new memory would cost half of the product's time. Autocast ignores `out`
+        again = on_cpu(weight) and dtype == weight.dtype
+        space = weight.new_empty(rows, head.out_features) if again else None
         chunks = zip(*(x.split(rows) for x in (hidden, ids, early)))
         parts = [score_chunk(*chunk, space, head, sampling, with_entropy, ctx.needs_input_grad[0]) for chunk in chunks]
         logprobs, entropy, *directions = (None if column[0] is None else torch.cat(column) for column in zip(*parts))

@@ -63,6 +63,15 @@ def test_log_probs_and_entropy_have_the_gradient_of_autograd():
     assert torch.autograd.gradcheck(token_entropy, x)
 
 
+def test_log_probs_without_logits_are_of_the_type_that_autocast_has():
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(16, 50, bias=False).requires_grad_(False), torch.randn(7, 16)
+    ids, early = torch.randint(50, (7,)), torch.zeros(7, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = torch.distributions.Categorical(logits=head(hidden).float()).log_prob(ids)
+        assert_close(head_logprobs(hidden, head, ids, early, Sampling())[0], want)
+
+
 @pytest.mark.parametrize("chunk, block", [(50, 50), (150, 100), (10_000, 10_000)])
 def test_log_probs_without_logits(monkeypatch, chunk, block):
     monkeypatch.setattr(kernels, "CHUNK", chunk)
